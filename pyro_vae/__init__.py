@@ -1,0 +1,51 @@
+"""Deep latent-variable models in Pyro whose variational posteriors are held to account.
+
+Nothing below is imported until it is used: `import pyro_vae` costs what Pyro costs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import data as data
+    from . import guides as guides
+    from . import likelihoods as likelihoods
+    from . import models as models
+    from . import networks as networks
+    from . import plots as plots
+    from . import posterior as posterior
+    from . import priors as priors
+    from .pair import check_pair as check_pair
+    from .svi import fit as fit
+    from .svi.checkpoint import load_weights as load_weights
+    from .svi.checkpoint import save_weights as save_weights
+    from .verdict import bounds as bounds
+    from .verdict import compare as compare
+
+__version__ = "0.1.0"
+
+_MODULES = ("data", "guides", "likelihoods", "models", "networks", "plots", "posterior", "priors")
+_FUNCTIONS = {
+    "bounds": "verdict",
+    "check_pair": "pair",
+    "compare": "verdict",
+    "fit": "svi",
+    "load_weights": "svi.checkpoint",
+    "save_weights": "svi.checkpoint",
+}
+
+__all__ = ["__version__", *_MODULES, *_FUNCTIONS]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name in _FUNCTIONS:
+        return getattr(import_module(f".{_FUNCTIONS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,171 @@
+"""Pictures: every function draws on the axes it is given and returns them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Ellipse, Patch
+from torch import Tensor
+
+from .pair import Model, observation
+from .posterior.draws import Draws
+from .posterior.quadrature import Quadrature
+
+if TYPE_CHECKING:
+    from .svi.fit import Run
+
+GUIDE, MCMC, DENSITY = "#d1495b", "#22223b", "YlGnBu"
+
+
+def posterior(
+    ax: Axes, exact: Quadrature, datum: int, *, guide: Draws | None = None,
+    mcmc: Draws | None = None, points: int = 200,
+) -> Axes:  # fmt: skip
+    """The exact density of one datum, MCMC draws over it, and the guide's ellipse.
+
+    In two dimensions a heat map, the draws as points, the guide by its 1 and 2 sd ellipses;
+    in one dimension a curve, a histogram and the guide's histogram.
+
+    Args:
+        ax: where to draw.
+        exact: quadrature of one or two latent dimensions.
+        datum: which row.
+        guide: draws of the guide for the same rows.
+        mcmc: draws of a chain for the same rows.
+        points: draws of the chain to show.
+
+    Raises:
+        ValueError: three latent dimensions.
+    """
+    grid = exact.grids[datum]
+    if len(grid.center) == 1:
+        ax.fill_between(grid.nodes[:, 0], grid.density, color="0.85", label="exact")
+        for draws, colour, name in ((mcmc, MCMC, "MCMC"), (guide, GUIDE, "guide")):
+            if draws is not None:
+                values = draws.flat[:, datum, 0].numpy()
+                ax.hist(values, bins=40, density=True, histtype="step", color=colour, label=name)
+        ax.set_yticks([])
+        return ax
+    if len(grid.center) != 2:
+        raise ValueError("posterior() draws one or two latent dimensions; this grid has three")
+    ax.pcolormesh(
+        grid.nodes[..., 0], grid.nodes[..., 1], grid.density, cmap=DENSITY, shading="gouraud",
+        rasterized=True,
+    )  # fmt: skip
+    if mcmc is not None:
+        shown = mcmc.flat[:: max(1, len(mcmc.flat) // points), datum]
+        ax.plot(*shown.T, ".", color=MCMC, markersize=1.6, alpha=0.6)
+    if guide is not None:
+        _ellipses(ax, guide.flat[:, datum].double())
+    mean, reach = exact.mean[datum], 3.6 * float(exact.sd[datum].max())
+    ax.set_xlim(float(mean[0]) - reach, float(mean[0]) + reach)
+    ax.set_ylim(float(mean[1]) - reach, float(mean[1]) + reach)
+    ax.set_aspect("equal")
+    return ax
+
+
+def image(ax: Axes, x: Tensor, shape: tuple[int, int], title: str = "") -> Axes:
+    """One row of data as an image, ink dark, 0 white and 1 black."""
+    ax.imshow(x.reshape(shape), cmap="Greys", vmin=0, vmax=1)
+    ax.set_title(title, fontsize=7, pad=3)
+    ax.set_axis_off()
+    return ax
+
+
+def history(ax: Axes, run: Run) -> Axes:
+    """ELBO against epochs, training and validation, with one standard error as a band."""
+    table = run.history
+    for split, colour in (("train", "0.45"), ("validation", GUIDE)):
+        mean, error = table[f"{split}_elbo"], table[f"{split}_elbo_se"]
+        ax.plot(table.index, mean, color=colour, label=split)
+        ax.fill_between(table.index, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
+    ax.axvline(run.best_epoch, color="0.7", lw=0.8, ls=":")
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("ELBO (nats per datum)")
+    ax.legend(frameon=False, loc="lower right")
+    return ax
+
+
+def latent_grid(ax: Axes, model: Model, shape: tuple[int, int], *, side: int = 13) -> Axes:
+    """Means of p(x | z) over the plane of two standard normal latents, at normal quantiles.
+
+    Args:
+        ax: where to draw.
+        model: a model that generates by `model(None, size=n)`, with a single site `"z"`.
+        shape: `(height, width)` of an image.
+        side: images a side.
+    """
+    quantiles = torch.linspace(0.5 / side, 1 - 0.5 / side, side)
+    line = torch.special.ndtri(quantiles)
+    z = torch.stack(torch.meshgrid(line.flip(0), line, indexing="ij"), -1).flip(-1)
+    height, width = shape
+    means = observation(model, {"z": z.reshape(-1, 2)}).mean.reshape(side, side, height, width)
+    tiles = torch.nn.functional.pad(means, (1, 1, 1, 1))
+    height, width = height + 2, width + 2
+    ax.imshow(tiles.transpose(1, 2).reshape(side * height, side * width), cmap="Greys")
+    for set_ticks, size, values in (
+        (ax.set_xticks, width, line),
+        (ax.set_yticks, height, line.flip(0)),
+    ):
+        marks = range(side // 10, side, max(1, side // 4))
+        set_ticks([(i + 0.5) * size for i in marks], [f"{float(values[i]):.1f}" for i in marks])
+    ax.set_xlabel("$z_1$")
+    ax.set_ylabel("$z_2$")
+    return ax
+
+
+def comparison(
+    figure: Figure | SubFigure, exact: Quadrature, guide: Draws, mcmc: Draws | None,
+    titles: Sequence[str], *, pictures: Sequence[Sequence[Tensor]] = (),
+    shape: tuple[int, int] | None = None,
+) -> None:  # fmt: skip
+    """A column a datum: data and reconstruction side by side, the posterior panel below.
+
+    Args:
+        figure: an empty figure to fill.
+        exact: quadrature of at least as many data as there are titles.
+        guide: draws of the guide for the same rows.
+        mcmc: draws of a chain for the same rows.
+        titles: one a column.
+        pictures: data and reconstruction of each column, each of `D` numbers.
+        shape: `(height, width)` of a picture.
+    """
+    count = len(titles)
+    rows = [1.0] if shape is None else [0.45, 1.0]
+    grid = figure.add_gridspec(len(rows), 2 * count, height_ratios=rows)
+    for datum in range(count):
+        place = slice(2 * datum, 2 * datum + 2)
+        if shape is not None:
+            for offset, (x, name) in enumerate(
+                zip(pictures[datum], ("data", "reconstruction"), strict=True)
+            ):
+                image(figure.add_subplot(grid[0, 2 * datum + offset]), x, shape, name)
+        panel = figure.add_subplot(grid[-1, place])
+        posterior(panel, exact, datum, guide=guide, mcmc=mcmc)
+        panel.set_title(titles[datum], fontsize=8)
+        panel.tick_params(labelsize=6)
+    handles = [
+        Patch(color=colormaps[DENSITY](0.6), label="exact density"),
+        Line2D([], [], color=GUIDE, label="guide, 1 and 2 sd"),
+    ]
+    if mcmc is not None:
+        handles.insert(1, Line2D([], [], color=MCMC, ls="", marker=".", label="MCMC draws"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+
+
+def _ellipses(ax: Axes, draws: Tensor) -> None:
+    values, vectors = torch.linalg.eigh(draws.T.cov())
+    angle = math.degrees(math.atan2(float(vectors[1, 1]), float(vectors[0, 1])))
+    for scale in (1, 2):
+        width, height = (2 * scale * float(v) ** 0.5 for v in values.flip(0))
+        center = (float(draws[:, 0].mean()), float(draws[:, 1].mean()))
+        ax.add_patch(
+            Ellipse(center, width, height, angle=angle, fill=False, color=GUIDE, lw=1.4)
+        )
