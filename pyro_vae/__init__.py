@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from . import plots as plots
     from . import posterior as posterior
     from . import priors as priors
-    from .pair import check_pair as check_pair
-    from .svi import fit as fit
+    from .checks import check_pair as check_pair
     from .svi.checkpoint import load_weights as load_weights
     from .svi.checkpoint import save_weights as save_weights
-    from .verdict import bounds as bounds
-    from .verdict import compare as compare
+    from .svi.fit import fit as fit
+    from .verdict.bounds import bounds as bounds
+    from .verdict.compare import compare as compare
 
 __version__ = "0.1.0"
 
 _MODULES = ("data", "guides", "likelihoods", "models", "networks", "plots", "posterior", "priors")
 _FUNCTIONS = {
-    "bounds": "verdict",
-    "check_pair": "pair",
-    "compare": "verdict",
-    "fit": "svi",
+    "bounds": "verdict.bounds",
+    "check_pair": "checks",
+    "compare": "verdict.compare",
+    "fit": "svi.fit",
     "load_weights": "svi.checkpoint",
     "save_weights": "svi.checkpoint",
 }
 
-__all__ = ["__version__", *_MODULES, *_FUNCTIONS]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES, *_FUNCTIONS]
 
 
 def __getattr__(name: str) -> Any:

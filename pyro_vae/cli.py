@@ -59,3 +59,7 @@ def _demo(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     print(f"{options.out}: table.csv, demo.png, nuts.nc, weights ({seconds:.0f} s)")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .pair import Batch, check_batch
+from .checks import check_batch
+from .pair import Batch
 
 Binarize = Callable[[Tensor], Tensor]
 
@@ -153,7 +154,9 @@ def from_array(
             "\n  expected: at least one row in each of train, validation, test"
             "\n  try:      more rows, or held_out between 0 and 0.5"
         )
-    return _split(name, rows.reshape(len(rows), -1), labels, (count, count), seed, None, image_shape)
+    return _split(
+        name, rows.reshape(len(rows), -1), labels, (count, count), seed, None, image_shape
+    )
 
 
 def _split(

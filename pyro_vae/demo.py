@@ -99,7 +99,7 @@ def _figure(run: Run, verdict: Verdict, model: models.VAE, held_out: data.Datase
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8.4), dpi=150, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.05])
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.05], squeeze=False)[:, 0]
     verdict.plot(held_out.image_shape, figure=top)
     top.suptitle("Held-out digits: exact posterior, NUTS, and the guide", fontsize=11)
     curves, grid = bottom.subplots(1, 2, width_ratios=[1.25, 1])

@@ -78,7 +78,7 @@ class Normal(nn.Module):
 
 
 class LearnedNormal(nn.Module):
-    r"""Real data with a learned scale, $p(x \mid z) = \mathcal N(x; f(z), \mathrm{diag}\,\sigma^2)$.
+    r"""Real data, learned scale: $p(x \mid z) = \mathcal N(x; f(z), \mathrm{diag}\,\sigma^2)$.
 
     Args:
         observed: `D` for a scale of each pixel; `None` for one scale shared by all.

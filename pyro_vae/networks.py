@@ -7,6 +7,7 @@ likelihood; any `nn.Module` on `(..., in)` will do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -35,7 +36,7 @@ class MLP(nn.Sequential):
         if len(widths) < 2 or any(not isinstance(w, int) or w < 1 for w in widths):
             raise ValueError(f"MLP wants at least two widths, integers >= 1; got {widths}")
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), activation()]
         super().__init__(*layers[:-1])
 

@@ -21,7 +21,7 @@ from .posterior.quadrature import Quadrature
 if TYPE_CHECKING:
     from .svi.fit import Run
 
-GUIDE, MCMC, DENSITY = "#d1495b", "#22223b", "YlGnBu"
+GUIDE, MCMC, DENSITY = "#d1495b", "#22223b", "Blues"
 
 
 def posterior(
@@ -46,7 +46,9 @@ def posterior(
     """
     grid = exact.grids[datum]
     if len(grid.center) == 1:
-        ax.fill_between(grid.nodes[:, 0], grid.density, color="0.85", label="exact")
+        ax.fill_between(
+            grid.nodes[:, 0].numpy(), grid.density.numpy(), color="0.85", label="exact"
+        )
         for draws, colour, name in ((mcmc, MCMC, "MCMC"), (guide, GUIDE, "guide")):
             if draws is not None:
                 values = draws.flat[:, datum, 0].numpy()
@@ -56,12 +58,12 @@ def posterior(
     if len(grid.center) != 2:
         raise ValueError("posterior() draws one or two latent dimensions; this grid has three")
     ax.pcolormesh(
-        grid.nodes[..., 0], grid.nodes[..., 1], grid.density, cmap=DENSITY, shading="gouraud",
+        *grid.nodes.permute(2, 0, 1).numpy(), grid.density.numpy(), cmap=DENSITY, shading="gouraud",
         rasterized=True,
     )  # fmt: skip
     if mcmc is not None:
         shown = mcmc.flat[:: max(1, len(mcmc.flat) // points), datum]
-        ax.plot(*shown.T, ".", color=MCMC, markersize=1.6, alpha=0.6)
+        ax.plot(*shown.T.numpy(), ".", color=MCMC, markersize=1.6, alpha=0.6)
     if guide is not None:
         _ellipses(ax, guide.flat[:, datum].double())
     mean, reach = exact.mean[datum], 3.6 * float(exact.sd[datum].max())
@@ -73,7 +75,7 @@ def posterior(
 
 def image(ax: Axes, x: Tensor, shape: tuple[int, int], title: str = "") -> Axes:
     """One row of data as an image, ink dark, 0 white and 1 black."""
-    ax.imshow(x.reshape(shape), cmap="Greys", vmin=0, vmax=1)
+    ax.imshow(x.reshape(shape).numpy(), cmap="Greys", vmin=0, vmax=1)
     ax.set_title(title, fontsize=7, pad=3)
     ax.set_axis_off()
     return ax
@@ -109,7 +111,7 @@ def latent_grid(ax: Axes, model: Model, shape: tuple[int, int], *, side: int = 1
     means = observation(model, {"z": z.reshape(-1, 2)}).mean.reshape(side, side, height, width)
     tiles = torch.nn.functional.pad(means, (1, 1, 1, 1))
     height, width = height + 2, width + 2
-    ax.imshow(tiles.transpose(1, 2).reshape(side * height, side * width), cmap="Greys")
+    ax.imshow(tiles.transpose(1, 2).reshape(side * height, side * width).numpy(), cmap="Greys")
     for set_ticks, size, values in (
         (ax.set_xticks, width, line),
         (ax.set_yticks, height, line.flip(0)),
@@ -166,6 +168,4 @@ def _ellipses(ax: Axes, draws: Tensor) -> None:
     for scale in (1, 2):
         width, height = (2 * scale * float(v) ** 0.5 for v in values.flip(0))
         center = (float(draws[:, 0].mean()), float(draws[:, 1].mean()))
-        ax.add_patch(
-            Ellipse(center, width, height, angle=angle, fill=False, color=GUIDE, lw=1.4)
-        )
+        ax.add_patch(Ellipse(center, width, height, angle=angle, fill=False, color=GUIDE, lw=1.4))

@@ -9,8 +9,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_batch
 from ..networks import positive
-from ..pair import PairModule, check_batch, plate_size
+from ..pair import PairModule, plate_size
 
 
 class PPCA(PairModule):
@@ -74,7 +75,7 @@ class PPCA(PairModule):
         """Exact log p(x) in nats, `(B, D)` to `(B,)`."""
         diagonal = self.noise.square().expand_as(self.mean)
         evidence = dist.LowRankMultivariateNormal(self.mean, self.loading, diagonal)
-        return evidence.log_prob(x)  # type: ignore[no-any-return]
+        return evidence.log_prob(x)
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """Exact p(z | x), batch shape `(B,)`, event shape `(L,)`."""
@@ -186,7 +187,7 @@ class EMResult(NamedTuple):
 def _em_step(model: PPCA, x: Tensor, centred: Tensor) -> tuple[Tensor, Tensor, float]:
     posterior = model.posterior(x)
     z = posterior.mean
-    second = z.mT @ z + len(x) * posterior.covariance_matrix
+    second = z.mT @ z + posterior.covariance_matrix.sum(0)
     cross = centred.mT @ z
     loading = torch.linalg.solve(second, cross.mT).mT
     residual = centred.square().sum() - (loading * cross).sum()

@@ -30,7 +30,9 @@ def rhat(chains: Tensor) -> Tensor:
         True
     """
     _check(chains)
-    folded = (chains - chains.flatten(0, 1).median(0).values).abs()
+    ordered = chains.flatten(0, 1).sort(0).values
+    median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    folded = (chains - median).abs()
     bulk, tail = (split_gelman_rubin(_normal_scores(x)) for x in (chains, folded))
     return torch.maximum(bulk, tail)
 
@@ -53,7 +55,7 @@ def ess(chains: Tensor) -> Tensor:
         True
     """
     _check(chains)
-    return effective_sample_size(_normal_scores(_split(chains)))  # type: ignore[no-any-return]
+    return effective_sample_size(_normal_scores(_split(chains)))
 
 
 def mcse_mean(chains: Tensor) -> Tensor:
@@ -78,4 +80,6 @@ def _normal_scores(chains: Tensor) -> Tensor:
 
 def _check(chains: Tensor) -> None:
     if chains.dim() < 2 or chains.shape[1] < 4:
-        raise ValueError(f"chains must be (C, S, ...) with S >= 4 draws; got {tuple(chains.shape)}")
+        raise ValueError(
+            f"chains must be (C, S, ...) with S >= 4 draws; got {tuple(chains.shape)}"
+        )

@@ -39,11 +39,8 @@ class Draws:
     @property
     def flat(self) -> Tensor:
         """All chains and sites together: `(C S, B, L)`."""
-        return torch.cat(
-            [value.flatten(0, 1).flatten(2) if value.dim() > 3 else value.flatten(0, 1)[..., None]
-             for value in self.sites.values()],
-            dim=-1,
-        )
+        parts = [value.flatten(0, 1) for value in self.sites.values()]
+        return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], dim=-1)
 
     @property
     def mean(self) -> Tensor:
@@ -80,19 +77,21 @@ class Draws:
 
         posterior = {name: value.detach().cpu().numpy() for name, value in self.sites.items()}
         stats = {name: value.detach().cpu().numpy() for name, value in self.stats.items()}
-        groups = {"posterior": posterior} | ({"sample_stats": stats} if stats else {})
-        names = ["latent"] if len(self.sites) == 1 else None
-        dims = {
-            name: ["datum", *(names or [f"{name}_dim_{i}" for i in range(value.dim() - 3)])]
-            [: value.dim() - 2]
-            for name, value in self.sites.items()
-        } | {name: ["datum"] for name in self.stats}
+        groups: dict[str, Any] = {"posterior": posterior} | (
+            {"sample_stats": stats} if stats else {}
+        )
+        dims = {name: self._dims(name) for name in self.sites} | {n: ["datum"] for n in stats}
         attributes = {"inference_library": "pyro_vae", "method": self.method}
         if int(arviz.__version__.split(".")[0]) >= 1:
             tree = arviz.from_dict(groups, dims=dims)
             tree.attrs.update(attributes)
             return tree
         return arviz.from_dict(**groups, dims=dims, attrs=attributes)
+
+    def _dims(self, site: str) -> list[str]:
+        event = self.sites[site].dim() - 3
+        latent = "latent" if len(self.sites) == 1 else f"{site}_latent"
+        return ["datum", *([latent] if event == 1 else [f"{latent}_{i}" for i in range(event)])]
 
     def save(self, path: str | Path) -> None:
         """Write NetCDF, which either major of ArviZ opens: `arviz.from_netcdf(path)`."""

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 from tqdm import tqdm
 
-from ..pair import Batch, LogJoint, Model, check_batch, frozen, preserved_rng
+from pyro_vae.checks import check_batch
+from pyro_vae.pair import Batch, LogJoint, Model, frozen, preserved_rng
+
 from .draws import Draws
 
 
@@ -77,12 +80,13 @@ def nuts(
 
 def _chain(model: Model, datum: Batch, draws: int, warmup: int) -> dict[str, Tensor]:
     target = LogJoint(model, datum)
-    kernel = NUTS(model)
+    inverses = {name: bijection.inv for name, bijection in target.transforms.items()}
+    kernel = NUTS(model, transforms=inverses, init_strategy=init_to_sample)
     mcmc = MCMC(
         kernel,
         num_samples=draws,
         warmup_steps=warmup,
-        initial_params=target.split(target.prior_draws(1)),
+        initial_params={k: v[0] for k, v in target.split(target.prior_draws(1)).items()},
         disable_progbar=True,
     )
     mcmc.run(*datum)

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..pair import Batch, LogJoint, Model, check_batch, frozen, preserved_rng
+from pyro_vae.checks import check_batch
+from pyro_vae.pair import Batch, LogJoint, Model, frozen, preserved_rng
+
 from .draws import Draws
 
 NODES = {1: (129, 128), 2: (41, 48), 3: (17, 24)}
@@ -162,11 +164,24 @@ def quadrature(
             _integrate(target.rows(slice(i, i + step)), low, high, i, tolerance, max_nodes, chunk)
             for i in range(0, len(batch[0]), step)
         ]
-    log_evidence, error, mean, covariance = (
-        torch.cat([block[k] for block in blocks]) for k in range(4)
+    return Quadrature(
+        log_evidence=torch.cat([block.log_evidence for block in blocks]),
+        error=torch.cat([block.error for block in blocks]),
+        mean=torch.cat([block.mean for block in blocks]),
+        covariance=torch.cat([block.covariance for block in blocks]),
+        grids=tuple(grid for block in blocks for grid in block.grids),
+        _target=target,
     )
-    grids = tuple(grid for block in blocks for grid in block[4])
-    return Quadrature(log_evidence, error, mean, covariance, grids, target)
+
+
+class _Block(NamedTuple):
+    """The fields of `Quadrature` for a few rows."""
+
+    log_evidence: Tensor
+    error: Tensor
+    mean: Tensor
+    covariance: Tensor
+    grids: list[Grid]
 
 
 class _Box(NamedTuple):
@@ -185,9 +200,14 @@ class _Box(NamedTuple):
 
 
 def _integrate(
-    target: LogJoint, low: Tensor, high: Tensor, first: int, tolerance: float, max_nodes: int,
+    target: LogJoint,
+    low: Tensor,
+    high: Tensor,
+    first: int,
+    tolerance: float,
+    max_nodes: int,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Grid]]:
+) -> _Block:
     count, dim = len(target.batch[0]), target.size
     coarse, side = NODES[dim]
     half = torch.diag_embed((high - low) / 2)
@@ -200,7 +220,7 @@ def _integrate(
     log_evidence = _log_sum(_evaluate(target, box.nodes(side // 2), chunk), box, side // 2)
     error = torch.full_like(log_evidence, torch.inf)
     mean, covariance = torch.zeros(count, dim).double(), torch.zeros(count, dim, dim).double()
-    grids: list[Grid | None] = [None] * count
+    grids: dict[int, Grid] = {}
     todo = torch.arange(count)
     while len(todo):
         part, sub = target.rows(todo), box.rows(todo)
@@ -215,7 +235,7 @@ def _integrate(
             mean[b], covariance[b] = _moments(target.rows(slice(b, b + 1)), grid)
             grids[b] = grid
         todo, side = todo[~done], 2 * side
-    return log_evidence, error, mean, covariance, [grid for grid in grids if grid is not None]
+    return _Block(log_evidence, error, mean, covariance, [grids[b] for b in range(count)])
 
 
 def _fit(target: LogJoint, box: _Box, side: int, first: int) -> _Box:
@@ -236,7 +256,7 @@ def _fit(target: LogJoint, box: _Box, side: int, first: int) -> _Box:
         if not len(active):
             return box
     raise ValueError(
-        f"the posteriors of data {(first + active).tolist()[:5]} do not fall off: no box holds them"
+        f"no box holds the posterior of data {(first + active).tolist()[:5]}: it does not fall off"
         "\n  expected: a proper prior"
         "\n  try:      pv.check_pair(model, guide, batch), and look at the prior's scales"
     )
@@ -246,16 +266,19 @@ def _extent(values: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """The part of [-1, 1]^L that may matter, and beyond where the border does; `(B, L)` each."""
     dim = values.dim() - 1
     top = values.flatten(1).max(1).values.reshape(-1, *[1] * dim)
-    keep = values + _steepest(values) > top - DEPTH
+    likely = values > top - DEPTH
+    possible = values + _steepest(values) > top - DEPTH
     low, high = [], []
     for axis in range(1, dim + 1):
         others = [other for other in range(1, dim + 1) if other != axis]
-        along = (keep.any(dim=others) if others else keep).int()
-        start = along.argmax(1)
-        stop = side - 1 - along.flip(1).argmax(1)
-        low.append(torch.where(start == 0, -side / 4, start - 1.0))
-        high.append(torch.where(stop == side - 1, side * 1.25, stop + 2.0))
-    return torch.stack(low, 1).double() * 2 / side - 1, torch.stack(high, 1).double() * 2 / side - 1
+        here, maybe = (seen.any(dim=others) if others else seen for seen in (likely, possible))
+        start = (maybe.int().argmax(1) - 1.0).clamp_min(0)
+        stop = (side + 1.0 - maybe.flip(1).int().argmax(1)).clamp_max(side)
+        low.append(torch.where(here[:, 0], -side / 4, start))
+        high.append(torch.where(here[:, -1], side * 1.25, stop))
+    return torch.stack(low, 1).double() * 2 / side - 1, torch.stack(
+        high, 1
+    ).double() * 2 / side - 1
 
 
 def _refuse_impossible(values: Tensor, index: Tensor) -> None:
@@ -293,7 +316,7 @@ def _turn(target: LogJoint, box: _Box, side: int) -> _Box:
 
 
 def _evaluate(target: LogJoint, nodes: Tensor, chunk: int = 2**15) -> Tensor:
-    """log p(x, z) at `(M, B, L)` nodes, `chunk` at a time; `(M, B)` float64 on the CPU."""
+    """Log p(x, z) at `(M, B, L)` nodes, `chunk` at a time; `(M, B)` float64 on the CPU."""
     step = max(1, chunk // nodes.shape[1])
     values = [
         target(part.to(target.batch[0].device, target.dtype)).double().cpu()

@@ -8,29 +8,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.elbo import ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import Dataset
-from ..pair import (
-    Batch,
-    Guide,
-    Model,
-    check_pair,
-    log_densities,
-    preserved_rng,
-    subsampling_factor,
-)
+from pyro_vae.checks import check_pair
+from pyro_vae.data import Dataset
+from pyro_vae.pair import Batch, Guide, Model, full_size, log_densities, preserved_rng
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Loss = Callable[..., Tensor]
 
 EVALUATION_DRAWS = 8
 """Draws for each datum behind the ELBO of an epoch."""
@@ -111,7 +106,7 @@ def fit(
     batch_size: int = 128,
     lr: float = 1e-3,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-    objective: ELBO | None = None,
+    objective: Any = None,
     patience: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -134,7 +129,7 @@ def fit(
         batch_size: rows a step; the last batch of an epoch may be smaller.
         lr: learning rate.
         optimizer: called with the parameters and `lr=`.
-        objective: a Pyro ELBO, `Trace_ELBO()` by default.
+        objective: a Pyro ELBO with a `differentiable_loss`, `Trace_ELBO()` by default.
         patience: stop after so many epochs without a higher validation ELBO; `None`: never.
         seed: of the order of rows and of the draws; torch's random state is left as it was.
             The initial weights are yours. Equal seeds give equal runs on one machine.
@@ -162,21 +157,24 @@ def fit(
         >>> run.epochs[0].validation_elbo < run.epochs[1].validation_elbo
         True
     """
-    train, validation = (data.train, data.validation) if isinstance(data, Dataset) else (data, data)
-    _check(model, guide, train, validation, epochs, batch_size, patience, lr)
-    loss_of = (objective or Trace_ELBO())(model, guide)
+    train, validation = (
+        (data.train, data.validation) if isinstance(data, Dataset) else (data, data)
+    )
+    objective = objective or Trace_ELBO()
+    _check(model, guide, train, validation, epochs, batch_size, patience, lr, objective)
+    loss_of = partial(objective.differentiable_loss, model, guide)
     few = _take(train, slice(0, 2))
     history: list[Epoch] = []
     best = 0
     with preserved_rng(seed), _lean(), tqdm(total=epochs, desc="SVI", disable=not progress) as bar:
         weights = _Weights(loss_of, model, guide, few)
         stepper = optimizer(weights.parameters, lr=lr)
-        scale = subsampling_factor(model, few)
+        size = full_size(model, few)
         kept = whole = weights.copy()
         start = time.perf_counter()
         for epoch in range(1, epochs + 1):
             try:
-                loss = _sweep(loss_of, stepper, train, batch_size, scale)
+                loss = _sweep(loss_of, stepper, train, batch_size, size)
                 terms = _measure(model, guide, train, validation)
             except FloatingPointError as error:
                 weights.restore(whole)
@@ -203,10 +201,11 @@ def fit(
 class _Weights:
     """The trainable parameters of a pair and its buffers, to copy and to put back."""
 
-    def __init__(self, loss_of: nn.Module, model: Model, guide: Guide, batch: Batch) -> None:
+    def __init__(self, loss_of: Loss, model: Model, guide: Guide, batch: Batch) -> None:
         with poutine.trace(param_only=True) as capture:
             loss_of(*batch)
-        found = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+        sites: Any = capture.trace.nodes.values()
+        found = [site["value"].unconstrained() for site in sites]
         self.parameters = list({id(p): p for p in found if p.requires_grad}.values())
         if not self.parameters:
             raise ValueError("nothing to fit: neither model nor guide has a trainable parameter")
@@ -223,12 +222,12 @@ class _Weights:
 
 
 def _sweep(
-    loss_of: nn.Module, stepper: torch.optim.Optimizer, train: Batch, batch_size: int, scale: float
+    loss_of: Loss, stepper: torch.optim.Optimizer, train: Batch, batch_size: int, size: int | None
 ) -> float:
     """One pass over shuffled mini-batches; the mean loss per datum."""
     total = 0.0
     for number, index in enumerate(torch.randperm(len(train[0])).split(batch_size), 1):
-        loss = loss_of(*_take(train, index)) / (scale * len(index))
+        loss = loss_of(*_take(train, index)) / (size or len(index))
         stepper.zero_grad()
         loss.backward()
         stepper.step()
@@ -240,6 +239,7 @@ def _sweep(
     return total / len(train[0])
 
 
+@torch.no_grad()
 def _measure(model: Model, guide: Guide, train: Batch, validation: Batch) -> dict[str, float]:
     rows = min(len(train[0]), len(validation[0]))
     terms: dict[str, float] = {}
@@ -249,7 +249,7 @@ def _measure(model: Model, guide: Guide, train: Batch, validation: Batch) -> dic
             for index in torch.arange(len(batch[0])).split(1024)
         ]
         elbo, likelihood = (
-            torch.cat([getattr(part, name).mean(0).detach().double() for part in densities])
+            torch.cat([getattr(part, name).mean(0).double() for part in densities])
             for name in ("log_weight", "likelihood")
         )
         if not torch.isfinite(elbo).all():
@@ -276,11 +276,17 @@ def _take(batch: Batch, index: Tensor | slice) -> Batch:
 def _check(
     model: Model, guide: Guide, train: Batch, validation: Batch,
     epochs: int, batch_size: int, patience: int | None, lr: float,
+    objective: Any,
 ) -> None:  # fmt: skip
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be > 0 and finite; got {lr}")
+    if not hasattr(objective, "differentiable_loss"):
+        raise ValueError(
+            f"objective {type(objective).__name__} has no differentiable_loss"
+            "\n  expected: a Pyro ELBO such as Trace_ELBO()\n  try:      objective=Trace_ELBO()"
+        )
     for batch in (train, validation):
         check_pair(model, guide, batch)

@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..pair import Batch, Guide, Model, check_batch, log_densities, preserved_rng
-from ..posterior.draws import Draws
+from pyro_vae.checks import check_batch
+from pyro_vae.pair import Batch, Guide, Model, log_densities, preserved_rng
+from pyro_vae.posterior.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Bounds:
 
     @cached_property
     def iwae(self) -> Tensor:
-        """log of the mean weight, nats, `(B,)`; in expectation below log p(x), above the ELBO.
+        """Log of the mean weight, nats, `(B,)`; in expectation below log p(x), above the ELBO.
 
         References:
             Yuri Burda, Roger Grosse, Ruslan Salakhutdinov. *Importance Weighted

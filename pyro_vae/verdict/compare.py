@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import posterior
-from ..pair import Batch, Guide, Model, check_pair, observation
-from ..posterior import Draws, Quadrature
+from pyro_vae import posterior
+from pyro_vae.checks import check_pair
+from pyro_vae.pair import Batch, Guide, Model, observation
+from pyro_vae.posterior import Draws, Quadrature
+
 from .bounds import Bounds, bounds
 
 if TYPE_CHECKING:
@@ -149,20 +151,19 @@ class Verdict:
         """
         from matplotlib.figure import Figure
 
-        from .. import plots
+        from pyro_vae import plots
 
         count = min(6, len(self.table)) if self.mcmc is None else self.mcmc.flat.shape[1]
         if figure is None:
             size = (2.1 * count, 2.7 if image_shape is None else 3.7)
             figure = Figure(figsize=size, dpi=150, layout="constrained")
         rows = tuple(part[:count] for part in self._batch)
-        center = {name: value[0, :, :count].mean(0) for name, value in self.bounds.draws.sites.items()}
+        center = {
+            name: value[0, :, :count].mean(0) for name, value in self.bounds.draws.sites.items()
+        }
         means = observation(self._model, center, rows).mean
         table = self.table
-        titles = [
-            f"KL {table['kl'][b]:.2f} nats" + _lines(table["why"][b])
-            for b in range(count)
-        ]
+        titles = [f"KL {table['kl'][b]:.2f} nats" + _lines(table["why"][b]) for b in range(count)]
         plots.comparison(
             figure, self.exact, self.bounds.draws, self.mcmc, titles,
             pictures=list(zip(rows[0], means, strict=True)), shape=image_shape,
@@ -220,7 +221,7 @@ def compare(
     chains: int = 2,
     nuts_draws: int = 250,
     nuts_warmup: int = 150,
-    limits: Limits = Limits(),  # noqa: B008
+    limits: Limits = Limits(),
     seed: int = 0,
     progress: bool = True,
 ) -> Verdict:

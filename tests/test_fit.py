@@ -1,0 +1,202 @@
+"""The loop: repeatable, honest about its terms, stops when asked, survives what goes wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pairs import Pair, digits_pair, random_ppca
+from pyro_vae.pair import log_densities
+from pyro_vae.svi import Run
+
+
+def _fit(pair: Pair, data: Any, **options: Any) -> Run:
+    return pv.fit(*pair, data, progress=False, **{"epochs": 3, **options})
+
+
+def _state(pair: Pair) -> list[Tensor]:
+    return [p.detach().clone() for part in pair for p in part.parameters()]
+
+
+def test_equal_seeds_give_equal_runs_and_leave_the_random_state(digits: Any) -> None:
+    runs, states = [], []
+    for seed in (0, 0, 1):
+        torch.manual_seed(5)
+        pair = digits_pair()
+        before = torch.get_rng_state()
+        runs.append(_fit(pair, digits, seed=seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(_state(pair))
+    columns = runs[0].history.columns.drop("seconds")
+    assert runs[0].history[columns].equals(runs[1].history[columns])
+    assert all(torch.equal(p, q) for p, q in zip(states[0], states[1], strict=True))
+    assert not torch.equal(states[0][0], states[2][0])
+
+
+def test_history_holds_what_a_fresh_measurement_finds(digits: Any) -> None:
+    pair = digits_pair()
+    run = _fit(pair, digits, epochs=8)
+    best = run.best
+    assert best.validation_elbo == max(epoch.validation_elbo for epoch in run.epochs)
+    for name, batch in (("train", digits.train), ("validation", digits.validation)):
+        with torch.no_grad():
+            found = log_densities(*pair, batch, draws=50)
+        values = {
+            "elbo": found.log_weight.mean().item(),
+            "reconstruction": found.likelihood.mean().item(),
+            "kl": (found.guide - found.prior).mean().item(),
+        }
+        error = getattr(best, f"{name}_elbo_se")
+        assert 0 < error < 1
+        for term, value in values.items():
+            assert getattr(best, f"{name}_{term}") == pytest.approx(value, abs=4 * error)
+    assert run.history.shape == (8, 10)
+    assert run.history.index.tolist() == list(range(1, 9))
+    assert best.validation_elbo == pytest.approx(
+        best.validation_reconstruction - best.validation_kl, abs=1e-9
+    )
+
+
+def test_it_learns(digits: Any) -> None:
+    run = _fit(digits_pair(), digits, epochs=30, lr=3e-3)
+    first, last = run.epochs[0], run.best
+    assert last.validation_elbo > first.validation_elbo + 6
+    assert "epoch" in repr(run) and "validation ELBO" in repr(run)
+
+
+def test_the_best_weights_are_kept(digits: Any) -> None:
+    pair = digits_pair()
+    torch.manual_seed(1)
+    small = pv.data.from_array(digits.train[0][:60])
+    run = _fit(pair, small, epochs=150, lr=1e-2)
+    assert run.best_epoch < len(run.epochs), "a set this small is overfitted before the end"
+    with torch.no_grad():
+        found = log_densities(*pair, small.validation, draws=400).log_weight.mean().item()
+    ends = run.epochs[-1].validation_elbo
+    assert abs(found - run.best.validation_elbo) < abs(found - ends)
+
+
+def test_patience(digits: Any) -> None:
+    run = _fit(
+        digits_pair(), pv.data.from_array(digits.train[0][:60]), epochs=500, lr=1e-2, patience=5
+    )
+    assert run.stopped_early and len(run.epochs) == run.best_epoch + 5 < 500
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO(num_particles=3), TraceMeanField_ELBO()])
+def test_other_objectives(objective: Any, digits: Any) -> None:
+    run = _fit(digits_pair(), digits, objective=objective, optimizer=torch.optim.RMSprop)
+    assert run.epochs[-1].validation_elbo > run.epochs[0].validation_elbo
+
+
+def test_an_objective_without_a_loss_is_refused(digits: Any) -> None:
+    with pytest.raises(ValueError, match=r"RenyiELBO has no differentiable_loss"):
+        _fit(digits_pair(), digits, objective=RenyiELBO())
+
+
+def test_a_pair_in_plain_pyro_with_a_subsampled_plate() -> None:
+    x = 3 + torch.randn(400, 1)
+
+    def model(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.tensor(0.0))
+        with pyro.plate("data", 1000, subsample=x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + shift, 1.0).to_event(1), obs=x)
+
+    encoder = nn.Linear(1, 1)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", 1000, subsample=x):
+            pyro.sample("z", dist.Normal(encoder(x), 0.5**0.5).to_event(1))
+
+    run = pv.fit(model, guide, (x,), epochs=150, lr=3e-2, progress=False)
+    assert pyro.param("shift").item() == pytest.approx(x.mean().item(), abs=0.15)
+    truth = dist.Normal(x.mean(), 2**0.5).log_prob(x).mean().item()
+    assert run.best.validation_elbo == pytest.approx(truth, abs=0.05)
+    assert run.epochs[-1].loss == pytest.approx(-truth, abs=0.1), "the loss is per datum"
+    pyro.clear_param_store()
+
+
+class _Fuse(nn.Module):
+    """A layer that turns its output to NaN in the n-th training call."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.layer, self.left = nn.Linear(2, 64), calls
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.left -= torch.is_grad_enabled()
+        burns = torch.is_grad_enabled() and self.left == 0
+        return self.layer(z) * (torch.nan if burns else 1.0)
+
+
+def test_a_step_that_is_not_finite_is_named_and_undone(digits: Any) -> None:
+    pair = digits_pair()
+    pair.model.decoder = _Fuse(1 + 2 * 11 + 3)  # one call to find parameters, 11 batches an epoch
+    with pytest.raises(
+        FloatingPointError, match=r"epoch 3, batch 3: the loss is nan\n(.*\n)*.*after epoch 2"
+    ):
+        _fit(pair, digits, epochs=5)
+    assert all(torch.isfinite(p).all() for p in _state(pair))
+    with torch.no_grad():
+        elbo = log_densities(*pair, digits.validation, 4).log_weight.mean()
+    assert torch.isfinite(elbo)
+
+
+def test_a_learning_rate_that_explodes(digits: Any) -> None:
+    pair = digits_pair()
+    before = _state(pair)
+    with pytest.raises(FloatingPointError, match="lower learning rate than 1e"):
+        _fit(pair, digits, lr=1e30)
+    assert all(torch.equal(p, q) for p, q in zip(_state(pair), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be an integer >= 1; got 0"),
+        ({"epochs": -1}, "epochs"),
+        ({"epochs": 2.0}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"patience": 0}, "patience"),
+        ({"lr": 0.0}, "lr must be > 0"),
+        ({"lr": float("nan")}, "lr must be > 0"),
+    ],
+    ids=str,
+)
+def test_bad_options(options: dict[str, Any], message: str, digits: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        _fit(digits_pair(), digits, **options)
+
+
+def test_nothing_to_fit() -> None:
+    model = random_ppca().requires_grad_(False)
+    x = model(None, size=10).detach()
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", model.posterior(x))
+
+    with pytest.raises(ValueError, match="nothing to fit"):
+        pv.fit(model, guide, (x,), progress=False)
+
+
+def test_weights_come_back(digits: Any, tmp_path: Path) -> None:
+    pair, other = digits_pair(), digits_pair()
+    pv.save_weights(tmp_path, *pair)
+    pv.load_weights(tmp_path, *other)
+    assert all(torch.equal(p, q) for p, q in zip(_state(pair), _state(other), strict=True))
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    with pytest.raises(FileNotFoundError):
+        pv.load_weights(tmp_path / "nowhere", *other)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        pv.load_weights(tmp_path, *digits_pair(latent_dim=3))
