@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .checks import check_batch
+from .checks import check_batch, refuse
 from .pair import Batch
 
 Binarize = Callable[[Tensor], Tensor]
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+"""By name, the class in `torchvision.datasets`."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,25 @@ def bernoulli(seed: int = 0) -> Binarize:
     return sample
 
 
-def load(name: str = "digits", *, binarize: Binarize | None = threshold) -> Dataset:
+def load(
+    name: str = "digits",
+    *,
+    root: str | Path | None = None,
+    download: bool = False,
+    binarize: Binarize | None = threshold,
+) -> Dataset:
     """Load a data set by name.
 
     - `"digits"`: the 1,797 real handwritten 8×8 digits of scikit-learn's package (UCI, 17
       grey levels), shuffled with a fixed seed into 1,297 / 250 / 250; no download.
+    - `"mnist"`, `"fashion_mnist"`: 28×28, by torchvision, from `root`. The last 10,000
+      training rows are the validation set, the published test rows the test set.
 
     Args:
-        name: `"digits"`.
+        name: of the set.
+        root: folder that holds `MNIST/raw` or `FashionMNIST/raw`; the environment variable
+            `PYRO_VAE_DATA` by default.
+        download: let torchvision fetch what is missing, and unpack archives it finds there.
         binarize: `threshold`, `bernoulli(seed)`, your own, or `None` to keep grey values in
             [0, 1].
 
@@ -93,27 +109,29 @@ def load(name: str = "digits", *, binarize: Binarize | None = threshold) -> Data
         A `Dataset` of float32 rows.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or no root.
+        FileNotFoundError: the root does not hold the files.
 
     References:
         E. Alpaydin, C. Kaynak. *Optical Recognition of Handwritten Digits*, UCI, 1998.
+        Yann LeCun, Corinna Cortes, Christopher Burges. *The MNIST Database*, 1998.
+        Han Xiao, Kashif Rasul, Roland Vollgraf. *Fashion-MNIST*, 2017.
 
     Example:
         >>> digits = load("digits")
         >>> digits.train[0].shape, digits.test[0].shape, digits.image_shape
         (torch.Size([1297, 64]), torch.Size([250, 64]), (8, 8))
     """
-    if name != "digits":
-        raise ValueError(
-            f"unknown data set {name!r}\n  expected: 'digits'"
-            "\n  try:      pv.data.from_array(x) for your own"
-        )
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x = torch.as_tensor(digits.data, dtype=torch.float32) / 16
-    y = torch.as_tensor(digits.target, dtype=torch.int64)
-    return _split("digits", x, y, (250, 250), 0, binarize, (8, 8))
+    if name == "digits":
+        return _digits(binarize)
+    if name in TORCHVISION:
+        return _from_torchvision(name, root or os.environ.get("PYRO_VAE_DATA"), download, binarize)
+    refuse(
+        f"unknown data set {name!r}",
+        expected=f"one of {['digits', *TORCHVISION]}",
+        got=repr(name),
+        advice="pv.data.from_array(x) for your own",
+    )
 
 
 def from_array(
@@ -157,6 +175,54 @@ def from_array(
     return _split(
         name, rows.reshape(len(rows), -1), labels, (count, count), seed, None, image_shape
     )
+
+
+def _digits(binarize: Binarize | None) -> Dataset:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = torch.as_tensor(digits.data, dtype=torch.float32) / 16
+    y = torch.as_tensor(digits.target, dtype=torch.int64)
+    return _split("digits", x, y, (250, 250), 0, binarize, (8, 8))
+
+
+def _from_torchvision(
+    name: str, root: str | Path | None, download: bool, binarize: Binarize | None
+) -> Dataset:
+    if root is None:
+        refuse(
+            f"no folder to find {name!r} in",
+            expected="root=..., or the environment variable PYRO_VAE_DATA",
+            got=None,
+            advice=f"load({name!r}, root='data', download=True)",
+        )
+    source = getattr(_torchvision().datasets, TORCHVISION[name])
+    try:
+        parts = [source(str(root), train=train, download=download) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{name} is not in {str(root)!r}\n  expected: the unpacked idx files in "
+            f"{TORCHVISION[name]}/raw\n  try:      download=True, which also unpacks archives"
+        ) from error
+    x, test = ((part.data.flatten(1) / 255) for part in parts)
+    x, test = (x, test) if binarize is None else (binarize(x), binarize(test))
+    labels = {
+        "train": parts[0].targets[:-10_000],
+        "validation": parts[0].targets[-10_000:],
+        "test": parts[1].targets,
+    }
+    return Dataset(name, (x[:-10_000],), (x[-10_000:],), (test,), labels, (28, 28))
+
+
+def _torchvision() -> Any:
+    try:
+        import torchvision
+    except (RuntimeError, ImportError) as error:
+        raise ImportError(
+            f"torchvision cannot be imported beside torch {torch.__version__}: the two are not "
+            "builds of one release; install them together, uv pip install torch torchvision"
+        ) from error
+    return torchvision
 
 
 def _split(

@@ -57,7 +57,10 @@ def demo(
         )
     run = fit(model, guide, held_out, epochs=epochs, lr=2e-3, seed=seed, progress=progress)
     batch = (held_out.test[0][:digits],)
-    verdict = compare(model, guide, batch, witnesses=witnesses, seed=seed, progress=progress)
+    verdict = compare(
+        model, guide, batch, witnesses=witnesses, nuts_draws=300, nuts_warmup=200, seed=seed,
+        progress=progress,
+    )  # fmt: skip
 
     verdict.save(folder)
     save_weights(folder, model, guide)

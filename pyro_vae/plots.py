@@ -58,18 +58,18 @@ def posterior(
     if len(grid.center) != 2:
         raise ValueError("posterior() draws one or two latent dimensions; this grid has three")
     ax.pcolormesh(
-        *grid.nodes.permute(2, 0, 1).numpy(), grid.density.numpy(), cmap=DENSITY, shading="gouraud",
+        *grid.nodes.permute(2, 0, 1).numpy(),
+        grid.density.numpy(),
+        cmap=DENSITY,
+        shading="gouraud",
         rasterized=True,
-    )  # fmt: skip
+    )
     if mcmc is not None:
         shown = mcmc.flat[:: max(1, len(mcmc.flat) // points), datum]
         ax.plot(*shown.T.numpy(), ".", color=MCMC, markersize=1.6, alpha=0.6)
     if guide is not None:
         _ellipses(ax, guide.flat[:, datum].double())
-    mean, reach = exact.mean[datum], 3.6 * float(exact.sd[datum].max())
-    ax.set_xlim(float(mean[0]) - reach, float(mean[0]) + reach)
-    ax.set_ylim(float(mean[1]) - reach, float(mean[1]) + reach)
-    ax.set_aspect("equal")
+    _frame(ax, exact, datum, guide)
     return ax
 
 
@@ -135,7 +135,7 @@ def comparison(
         exact: quadrature of at least as many data as there are titles.
         guide: draws of the guide for the same rows.
         mcmc: draws of a chain for the same rows.
-        titles: one a column.
+        titles: one a column; what follows its first line stands below the panel.
         pictures: data and reconstruction of each column, each of `D` numbers.
         shape: `(height, width)` of a picture.
     """
@@ -151,7 +151,9 @@ def comparison(
                 image(figure.add_subplot(grid[0, 2 * datum + offset]), x, shape, name)
         panel = figure.add_subplot(grid[-1, place])
         posterior(panel, exact, datum, guide=guide, mcmc=mcmc)
-        panel.set_title(titles[datum], fontsize=8)
+        title, _, below = titles[datum].partition("\n")
+        panel.set_title(title, fontsize=8)
+        panel.set_xlabel(below, fontsize=7, linespacing=1.3)
         panel.tick_params(labelsize=6)
     handles = [
         Patch(color=colormaps[DENSITY](0.6), label="exact density"),
@@ -160,6 +162,21 @@ def comparison(
     if mcmc is not None:
         handles.insert(1, Line2D([], [], color=MCMC, ls="", marker=".", label="MCMC draws"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+
+
+def _frame(ax: Axes, exact: Quadrature, datum: int, guide: Draws | None) -> None:
+    """A square around 3 sd of the exact posterior and 2.2 sd of the guide."""
+    mean, sd = exact.mean[datum], exact.sd[datum]
+    low, high = mean - 3 * sd, mean + 3 * sd
+    if guide is not None:
+        middle, spread = guide.mean[datum].double(), guide.sd[datum].double()
+        low = torch.minimum(low, middle - 2.2 * spread)
+        high = torch.maximum(high, middle + 2.2 * spread)
+    center, half = (low + high) / 2, float((high - low).max()) / 2
+    ax.set_xlim(float(center[0]) - half, float(center[0]) + half)
+    ax.set_ylim(float(center[1]) - half, float(center[1]) + half)
+    ax.set_aspect("equal")
+    ax.set_facecolor(colormaps[DENSITY](0.0))
 
 
 def _ellipses(ax: Axes, draws: Tensor) -> None:

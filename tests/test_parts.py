@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ def test_mlp_keeps_leading_dimensions_and_refuses_nonsense() -> None:
     torch.testing.assert_close(network(x)[3, 1], network(x[3, 1]))
     for widths in ((4,), (4, 0), (4, -1, 2), (4, 2.5)):
         with pytest.raises(ValueError, match="at least two widths"):
-            pv.networks.MLP(*widths)  # type: ignore[arg-type]
+            pv.networks.MLP(*widths)
 
 
 def test_positive_is_positive_and_has_gradients_everywhere() -> None:
@@ -63,7 +65,7 @@ def test_a_learned_scale_finds_the_noise(observed: int | None) -> None:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     optimum = x.square().mean(0).sqrt() if observed else x.square().mean().sqrt()
     torch.testing.assert_close(likelihood.scale.detach(), optimum, rtol=1e-3, atol=0)
 
@@ -87,7 +89,7 @@ def test_bad_latent_dimensions(latent_dim: Any) -> None:
 def test_guides_read_their_features() -> None:
     features = torch.randn(3, 5)
     full = pv.guides.MultivariateNormalGuide(torch.nn.Identity()).posterior(features)
-    tril = full.scale_tril  # type: ignore[attr-defined]
+    tril = full.scale_tril
     torch.testing.assert_close(full.mean, features[:, :2])
     torch.testing.assert_close(tril[:, 1, 0], features[:, 3])
     torch.testing.assert_close(tril.diagonal(dim1=-2, dim2=-1), positive(features[:, [2, 4]]))
@@ -172,3 +174,49 @@ def test_labels_follow_their_rows() -> None:
 def test_bad_arrays(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
+)
+def test_real_sets_by_torchvision(name: str, folder: str, real_data: Path, tmp_path: Path) -> None:
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    for archive in (real_data / folder / "raw").glob("*.gz"):
+        (raw / archive.name).symlink_to(archive)
+    with pytest.raises(FileNotFoundError, match=rf"{folder}/raw\n.*download=True"):
+        pv.data.load(name, root=tmp_path)
+    data = pv.data.load(name, root=tmp_path, download=True, binarize=None)
+    assert [len(part[0]) for part in (data.train, data.validation, data.test)] == [
+        50_000,
+        10_000,
+        10_000,
+    ]
+    mean = {"mnist": 0.1307, "fashion_mnist": 0.2860}[name]
+    assert torch.cat([data.train[0], data.validation[0]]).mean().item() == pytest.approx(
+        mean, abs=1e-4
+    )
+    assert data.labels["test"].bincount().tolist()[0] in (980, 1000)
+    assert pv.data.load(name, root=tmp_path).test[0].unique().tolist() == [0, 1]
+
+
+def test_a_torchvision_of_another_release_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "torchvision":
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+    for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(
+        ImportError, match=r"cannot be imported beside torch .* install them together"
+    ):
+        pv.data.load("mnist", root="anywhere")
+
+
+def test_a_set_needs_a_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYRO_VAE_DATA", raising=False)
+    with pytest.raises(ValueError, match=r"no folder to find 'mnist' in\n.*PYRO_VAE_DATA"):
+        pv.data.load("mnist")

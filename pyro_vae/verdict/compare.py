@@ -28,8 +28,8 @@ SHORT = {
     "kl": "KL",
     "kl_se": "±",
     "khat": "k-hat",
-    "guide_mean_error": "mean",
-    "guide_sd_error": "sd",
+    "guide_mean_error": "guide mean",
+    "guide_sd_error": "guide sd",
     "nuts_mean_error": "NUTS mean",
     "nuts_sd_error": "NUTS sd",
     "nuts_mcse": "±MCSE",
@@ -295,7 +295,9 @@ def _why(row: dict[Any, Any], limits: Limits) -> str:
 
 
 def _lines(why: str) -> str:
-    return "\n" + why.replace(", ", "\n") if why else "\ntrusted"
+    reasons = why.split(", ") if why else ["trusted"]
+    pairs = [", ".join(reasons[i : i + 2]) for i in range(0, len(reasons), 2)]
+    return "\n" + "\n".join(pairs)
 
 
 def _scalars(value: Tensor) -> Tensor:
