@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from . import plots as plots
     from . import posterior as posterior
     from . import priors as priors
+    from . import svi as svi
+    from . import verdict as verdict
     from .checks import check_pair as check_pair
     from .svi.checkpoint import load_weights as load_weights
     from .svi.checkpoint import save_weights as save_weights
@@ -26,7 +28,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "guides", "likelihoods", "models", "networks", "plots", "posterior", "priors")
+_MODULES = (
+    "data",
+    "guides",
+    "likelihoods",
+    "models",
+    "networks",
+    "plots",
+    "posterior",
+    "priors",
+    "svi",
+    "verdict",
+)
 _FUNCTIONS = {
     "bounds": "verdict.bounds",
     "check_pair": "checks",

@@ -100,6 +100,8 @@ class LogDensities(NamedTuple):
     """log q(z | x)"""
     latents: dict[str, Tensor]
     """the draws themselves, each `(S, B, *event)`"""
+    scale: float | None
+    """what the sites' densities are scaled by (N/B under subsampling); `None` if unequally"""
 
     @property
     def log_weight(self) -> Tensor:
@@ -110,8 +112,8 @@ class LogDensities(NamedTuple):
 def log_densities(model: Model, guide: Guide, batch: Batch, draws: int) -> LogDensities:
     """Draw `z ~ q(z | x)` and score it under both sides of the pair.
 
-    Scales (`poutine.scale`, a subsampled plate) are left out: these are the densities of one
-    datum each. Masks are kept.
+    Scales (`poutine.scale`, a subsampled plate) are left out, but reported: these are the
+    densities of one datum each. Masks are kept.
 
     Args:
         model: p(z) p(x | z).
@@ -122,16 +124,28 @@ def log_densities(model: Model, guide: Guide, batch: Batch, draws: int) -> LogDe
     Returns:
         `LogDensities` with leading shape `(S, B)`.
     """
+    return densities(*trace_pair(model, guide, batch, draws), (draws, len(batch[0])))
+
+
+def trace_pair(
+    model: Model, guide: Guide, batch: Batch, draws: int
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Run the guide for `draws` particles, and the model on what it drew; both traces."""
     guide_trace = poutine.trace(_drawn(guide, draws)).get_trace(*batch)
     replayed = poutine.replay(_drawn(model, draws), trace=guide_trace)
-    model_trace = poutine.trace(replayed).get_trace(*batch)
-    latents = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
-    shape = (draws, len(batch[0]))
+    return poutine.trace(replayed).get_trace(*batch), guide_trace
+
+
+def densities(
+    model_trace: poutine.Trace, guide_trace: poutine.Trace, shape: tuple[int, int]
+) -> LogDensities:
+    """Score the two traces of `trace_pair`, of leading shape `(S, B)`."""
     return LogDensities(
         likelihood=_log_prob(observed_sites(model_trace), shape),
         prior=_log_prob(latent_sites(model_trace), shape),
         guide=_log_prob(latent_sites(guide_trace), shape),
-        latents=latents,
+        latents={site["name"]: site["value"] for site in latent_sites(guide_trace)},
+        scale=_common_scale([*all_sites(model_trace), *all_sites(guide_trace)]),
     )
 
 
@@ -188,11 +202,13 @@ class LogJoint:
 
     def __call__(self, unconstrained: Tensor) -> Tensor:
         """Score `(S, B, L)` unconstrained latents; returns `(S, B)` nats."""
-        shape = tuple(unconstrained.shape[:-1])
         latents, log_jacobian = self._constrain(unconstrained)
-        conditioned = poutine.condition(_drawn(self.model, shape[0]), data=latents)
-        trace = poutine.trace(conditioned).get_trace(*self.batch)
-        return _log_prob(all_sites(trace), shape) + log_jacobian
+        return self._score(latents, tuple(unconstrained.shape[:-1])) + log_jacobian
+
+    def of_latent(self, z: Tensor) -> Tensor:
+        """Log p(x, z) at `(S, B, *event)` values of a single latent site, `(S, B)` nats."""
+        (name,) = self.transforms
+        return self._score({name: z}, tuple(z.shape[:2]))
 
     def rows(self, index: Tensor | slice) -> LogJoint:
         """The same target for some rows of the batch."""
@@ -217,6 +233,11 @@ class LogJoint:
         with torch.no_grad():
             drawn = poutine.trace(_drawn(self.model, draws)).get_trace(*self.batch)
         return self.unconstrain({site["name"]: site["value"] for site in latent_sites(drawn)})
+
+    def _score(self, latents: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        conditioned = poutine.condition(self.model, data=latents)
+        trace = poutine.trace(conditioned).get_trace(*self.batch)
+        return _log_prob(all_sites(trace), shape)
 
     def split(self, unconstrained: Tensor) -> dict[str, Tensor]:
         """Unstack `(S, B, L)` into the unconstrained value of each site, `(S, B, *event)`."""
@@ -263,13 +284,13 @@ def observation(model: Model, latents: Mapping[str, Tensor], batch: Batch | None
     return trace.nodes["x"]["fn"]
 
 
-def full_size(model: Model, batch: Batch) -> int | None:
+def full_size(guide: Guide, batch: Batch) -> int | None:
     """`N` of a plate `"data"` that subsamples; `None` if the plate is as long as the batch.
 
     An ELBO of the pair is a sum over so many data, and over the rows of the batch otherwise.
     """
     with preserved_rng(), torch.no_grad():
-        trace = poutine.trace(model).get_trace(*batch)
+        trace = poutine.trace(guide).get_trace(*batch)
     (frame, *_) = latent_sites(trace)[0]["cond_indep_stack"]
     full = frame.full_size or frame.size
     return None if full == frame.size else int(full)
@@ -323,14 +344,19 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def frozen(*parts: object) -> Iterator[None]:
-    """Switch off gradients to the parameters of those parts that are modules."""
+    """Hold those parts that are modules fixed: in eval mode, without gradients to parameters."""
     modules = [part for part in parts if isinstance(part, nn.Module)]
+    training = [child for module in modules for child in module.modules() if child.training]
     trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for child in training:
+        child.training = False
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
+        for child in training:
+            child.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
 
@@ -345,6 +371,11 @@ def _log_prob(sites: Sequence[Any], shape: tuple[int, ...]) -> Tensor:
         log_prob = site["fn"].log_prob(site["value"])
         total = total + scale_and_mask(log_prob, 1.0, site["mask"])
     return torch.as_tensor(total).expand(shape)
+
+
+def _common_scale(sites: Sequence[Any]) -> float | None:
+    scales = {float(site["scale"]) for site in sites}
+    return scales.pop() if len(scales) == 1 else None
 
 
 def _bijection(support: Any) -> Any:

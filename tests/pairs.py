@@ -1,4 +1,4 @@
-"""Pairs that several tests share."""
+"""Pairs that several tests share: the families of the catalogue, each on the digits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.networks import MLP, Merge, OneHot
+
+HIDDEN = 32
 
 
 class Pair(NamedTuple):
@@ -20,11 +23,11 @@ class Pair(NamedTuple):
 def digits_pair(guide: Any = pv.guides.NormalGuide, latent_dim: int = 2) -> Pair:
     return Pair(
         pv.models.VAE(
-            pv.networks.MLP(latent_dim, 64, 64),
+            MLP(latent_dim, 64, 64),
             prior=pv.priors.StandardNormal(latent_dim),
             likelihood=pv.likelihoods.Bernoulli(),
         ),
-        guide(pv.networks.MLP(64, 64, guide.features(latent_dim))),
+        guide(MLP(64, 64, guide.features(latent_dim))),
     )
 
 
@@ -40,3 +43,85 @@ def guide_of(posterior: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
             pyro.sample("z", posterior(x))
 
     return guide
+
+
+PRIORS: dict[str, Callable[[Any, Tensor, int], nn.Module]] = {
+    "standard": lambda guide, x, size: pv.priors.StandardNormal(size),
+    "diagonal": lambda guide, x, size: pv.priors.DiagonalNormal(size),
+    "mixture": lambda guide, x, size: pv.priors.GaussianMixture(size, 7),
+    "vamp": lambda guide, x, size: pv.priors.VampPrior.from_data(guide.posterior, x, 9),
+    "vamp, weighted": lambda guide, x, size: pv.priors.VampPrior.at_random(
+        guide.posterior, 9, x.shape[1], learned_weights=True
+    ),
+    "flow": lambda guide, x, size: pv.priors.FlowPrior(size, hidden=(HIDDEN,)),
+}
+"""Builders from an amortized guide, data and `L`."""
+
+GUIDES: dict[str, Callable[[Tensor, int], Any]] = {
+    "mean-field": lambda x, size: pv.guides.NormalGuide(_encoder(x, pv.guides.NormalGuide, size)),
+    "full": lambda x, size: pv.guides.MultivariateNormalGuide(
+        _encoder(x, pv.guides.MultivariateNormalGuide, size)
+    ),
+    "flow": lambda x, size: pv.guides.FlowGuide(
+        _encoder(x, pv.guides.FlowGuide, size), size, hidden=(HIDDEN,)
+    ),
+    "local": lambda x, size: pv.guides.NormalGuide(
+        pv.guides.Table(x, pv.guides.NormalGuide.features(size))
+    ),
+    "corrupted": lambda x, size: pv.guides.CorruptedGuide(
+        pv.guides.NormalGuide(_encoder(x, pv.guides.NormalGuide, size)), pv.guides.masking(0.2)
+    ),
+}
+"""Builders from data and `L`. `RefinedGuide` needs a model as well: see `catalogue_pair`."""
+
+
+def _encoder(x: Tensor, guide: Any, size: int) -> nn.Module:
+    return MLP(x.shape[1], HIDDEN, guide.features(size))
+
+
+def catalogue_pair(
+    x: Tensor, prior: str = "standard", guide: str = "mean-field", likelihood: Any = None,
+    latent_dim: int = 2,
+) -> Pair:  # fmt: skip
+    """Any prior, guide and likelihood together, on data `x`."""
+    likelihood = likelihood or pv.likelihoods.Bernoulli()
+    amortized = GUIDES["mean-field" if guide in ("local", "refined") else guide](x, latent_dim)
+    model = pv.models.VAE(
+        MLP(latent_dim, HIDDEN, likelihood.features(x.shape[1])),
+        prior=PRIORS[prior](amortized, x, latent_dim),
+        likelihood=likelihood,
+    )
+    if guide == "refined":
+        return Pair(model, pv.guides.RefinedGuide(amortized, model, steps=3, draws=4))
+    return Pair(model, GUIDES["local"](x, latent_dim) if guide == "local" else amortized)
+
+
+def hierarchical_pair(x: Tensor, prior: str = "standard") -> Pair:
+    bottom = Merge(MLP(64, HIDDEN), MLP(1, HIDDEN), head=MLP(2 * HIDDEN, HIDDEN, 4))
+    guide = pv.guides.HierarchicalGuide(MLP(64, HIDDEN, 2), bottom)
+    model = pv.models.HierarchicalVAE(
+        Merge(MLP(2, HIDDEN), MLP(1, HIDDEN), head=MLP(2 * HIDDEN, HIDDEN, 64)),
+        prior=PRIORS[prior](guide, x, 1),
+        conditional=pv.priors.ConditionalNormal(MLP(1, HIDDEN, 4)),
+        likelihood=pv.likelihoods.Bernoulli(),
+    )
+    return Pair(model, guide)
+
+
+def conditional_pair(prior: nn.Module | None = None, latent_dim: int = 2) -> Pair:
+    encoder = Merge(nn.Identity(), OneHot(10), head=MLP(74, 64, 2 * latent_dim))
+    model = pv.models.ConditionalVAE(
+        Merge(nn.Identity(), OneHot(10), head=MLP(latent_dim + 10, 64, 64, 64)),
+        prior=prior or pv.priors.StandardNormal(latent_dim),
+        likelihood=pv.likelihoods.Bernoulli(),
+    )
+    return Pair(model, pv.guides.NormalGuide(encoder))
+
+
+def quantized_pair(codes: int = 32, positions: int = 4, width: int = 4) -> Pair:
+    codebook = pv.models.Codebook(codes, width, positions)
+    encoder = MLP(64, 64, positions * width)
+    model = pv.models.VectorQuantizedVAE(
+        MLP(positions * width, 64, 64), codebook, pv.likelihoods.Bernoulli()
+    )
+    return Pair(model, pv.guides.QuantizedGuide(encoder, codebook))

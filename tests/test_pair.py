@@ -100,7 +100,7 @@ def test_full_size_of_a_plate_that_subsamples() -> None:
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     assert full_size(model, (torch.zeros(5),)) == 100
-    assert full_size(random_ppca(), (torch.zeros(5, 6),)) is None
+    assert full_size(digits_pair().guide, (torch.zeros(5, 64),)) is None
 
 
 def test_random_state_and_gradients_are_given_back() -> None:

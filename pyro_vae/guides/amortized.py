@@ -32,6 +32,10 @@ class AbstractAmortizedGuide(PairModule):
 
     def posterior(self, *batch: Tensor) -> dist.TorchDistribution:
         """q(z | x): batch shape `(B,)`, event shape `(L,)`."""
+        return self.distribution(self.encoder(*batch))
+
+    def distribution(self, features: Tensor) -> dist.TorchDistribution:
+        """The member of the family with these features, `(..., F)`."""
         raise NotImplementedError
 
 
@@ -62,9 +66,8 @@ class NormalGuide(AbstractAmortizedGuide):
         """2 L: a mean and a raw scale for each latent."""
         return 2 * latent_dim
 
-    def posterior(self, *batch: Tensor) -> dist.TorchDistribution:
-        """q(z | x): batch shape `(B,)`, event shape `(L,)`."""
-        features = self.encoder(*batch)
+    def distribution(self, features: Tensor) -> dist.TorchDistribution:
+        """The Gaussian with these means and raw scales, `(..., 2 L)`."""
         if features.shape[-1] % 2:
             raise ValueError(
                 f"NormalGuide wants 2 L features from its encoder; got {features.shape[-1]}"
@@ -98,9 +101,8 @@ class MultivariateNormalGuide(AbstractAmortizedGuide):
         """L + L (L + 1) / 2: a mean for each latent, and a lower triangle."""
         return latent_dim + latent_dim * (latent_dim + 1) // 2
 
-    def posterior(self, *batch: Tensor) -> dist.TorchDistribution:
-        """q(z | x): batch shape `(B,)`, event shape `(L,)`."""
-        features = self.encoder(*batch)
+    def distribution(self, features: Tensor) -> dist.TorchDistribution:
+        """The Gaussian with these means and triangles, `(..., L + L (L + 1) / 2)`."""
         width = features.shape[-1]
         size = (math.isqrt(9 + 8 * width) - 3) // 2
         if size < 1 or self.features(size) != width:

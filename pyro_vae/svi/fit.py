@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pyro_vae.checks import check_pair
 from pyro_vae.data import Dataset
-from pyro_vae.pair import Batch, Guide, Model, full_size, log_densities, preserved_rng
+from pyro_vae.pair import Batch, Guide, Model, frozen, full_size, log_densities, preserved_rng
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,13 +169,14 @@ def fit(
     with preserved_rng(seed), _lean(), tqdm(total=epochs, desc="SVI", disable=not progress) as bar:
         weights = _Weights(loss_of, model, guide, few)
         stepper = optimizer(weights.parameters, lr=lr)
-        size = full_size(model, few)
+        size = full_size(guide, few)
         kept = whole = weights.copy()
         start = time.perf_counter()
         for epoch in range(1, epochs + 1):
             try:
                 loss = _sweep(loss_of, stepper, train, batch_size, size)
-                terms = _measure(model, guide, train, validation)
+                with frozen(model, guide):
+                    terms = _measure(model, guide, train, validation)
             except FloatingPointError as error:
                 weights.restore(whole)
                 raise FloatingPointError(

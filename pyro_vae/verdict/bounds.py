@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import check_batch
-from pyro_vae.pair import Batch, Guide, Model, log_densities, preserved_rng
+from pyro_vae.pair import Batch, Guide, Model, frozen, log_densities, preserved_rng
 from pyro_vae.posterior.draws import Draws
 
 
@@ -102,7 +102,7 @@ def bounds(
     if draws < 2:
         raise ValueError(f"bounds wants at least 2 draws a datum; got {draws}")
     rows = max(1, chunk // draws)
-    with preserved_rng(seed), torch.no_grad():
+    with preserved_rng(seed), frozen(model, guide), torch.no_grad():
         parts = [
             log_densities(model, guide, tuple(part[i : i + rows] for part in batch), draws)
             for i in range(0, len(batch[0]), rows)
