@@ -8,13 +8,15 @@ from typing import Any, NoReturn
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
-from .pair import (
+from pyro_vae.pair import (
     Batch,
     Guide,
     Model,
     all_sites,
+    bounds_of,
+    evaluating,
     latent_sites,
     log_densities,
     observed_sites,
@@ -72,7 +74,8 @@ def check_batch(batch: Batch, what: str = "batch") -> None:
             got=f"{rows} rows",
             advice="one label for each datum",
         )
-    for name, part in zip(("x", "y"), batch, strict=False):
+    for number, part in enumerate(batch):
+        name = ("x", "y")[number] if number < 2 else f"part {number + 1}"
         bad = ~torch.isfinite(part.reshape(len(part), -1)).all(-1)
         if bad.any():
             refuse(
@@ -118,7 +121,7 @@ def check_pair(model: Model, guide: Guide, batch: Batch) -> None:
     """
     check_batch(batch)
     few = tuple(part[:8] for part in batch)
-    with preserved_rng(), torch.no_grad(), pyro.validation_enabled(True):
+    with preserved_rng(), evaluating(model, guide), torch.no_grad(), pyro.validation_enabled(True):
         guide_trace = _traced("guide", guide, few)
         guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
         for site in guide_sites.values():
@@ -135,17 +138,37 @@ def check_pair(model: Model, guide: Guide, batch: Batch) -> None:
         for name, site in model_sites.items():
             _check_plate(site, "model", len(few[0]))
             _check_event(site, guide_sites[name])
-        observation = next((s for s in observed_sites(model_trace) if s["name"] == "x"), None)
-        if observation is None:
-            refuse(
-                "model does not observe 'x'",
-                expected="pyro.sample('x', ..., obs=x)",
-                got=f"sites {[site['name'] for site in all_sites(model_trace)]}",
-                advice="name the observation 'x' and pass obs=x",
-            )
-        _check_plate(observation, "model", len(few[0]))
-        check_support(observation["fn"], batch[0])
+        _check_observation(model, model_trace, batch)
+        for side, program, trace in (("model", model, model_trace), ("guide", guide, guide_trace)):
+            _check_parameters(side, program, trace)
         _check_draws(model, guide, few)
+
+
+def check_model(model: Model, batch: Batch) -> None:
+    """What `check_pair` asks of the model alone, for ways to p(z | x) that need no guide.
+
+    Args:
+        model: p(z) p(x | z).
+        batch: tensors of any number of rows.
+
+    Raises:
+        ValueError: the first of these that does not hold: what, expected, got, try.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> check_model(model, (torch.zeros(3),))
+    """
+    check_batch(batch)
+    few = tuple(part[:8] for part in batch)
+    with preserved_rng(), evaluating(model), torch.no_grad(), pyro.validation_enabled(True):
+        trace = _traced("model", model, few)
+        for site in latent_sites(trace):
+            _check_plate(site, "model", len(few[0]))
+        _check_observation(model, trace, batch)
 
 
 def check_support(distribution: Any, x: Tensor) -> None:
@@ -183,6 +206,37 @@ def check_support(distribution: Any, x: Tensor) -> None:
             else "binarise, x.bernoulli() or (x > 0.5).float(), or take a likelihood for such "
             "values, pv.likelihoods.Normal(scale)",
         )
+
+
+def _check_observation(model: Model, trace: poutine.Trace, batch: Batch) -> None:
+    site = next((site for site in observed_sites(trace) if site["name"] == "x"), None)
+    if site is None:
+        refuse(
+            "model does not observe 'x'",
+            expected="pyro.sample('x', ..., obs=x)",
+            got=f"sites {[site['name'] for site in all_sites(trace)]}",
+            advice="name the observation 'x' and pass obs=x",
+        )
+    _check_plate(site, "model", len(site["value"]))
+    if all(bound.dim() == 0 for bound in bounds_of(site["fn"].support)):
+        check_support(site["fn"], batch[0])
+
+
+def _check_parameters(side: str, program: Callable[..., Any], trace: poutine.Trace) -> None:
+    """Refuse a module whose parameter Pyro's store has replaced by one of the same name."""
+    own = dict(program.named_parameters()) if isinstance(program, nn.Module) else {}
+    nodes: dict[str, Any] = trace.nodes
+    for name, site in nodes.items():
+        parameter = own.get(name.replace("$$$", ".")) if site["type"] == "param" else None
+        if parameter is not None and site["value"].unconstrained() is not parameter:
+            refuse(
+                f"parameter {name!r} of the {side} is not its own: Pyro's global store holds "
+                "another of that name",
+                expected="names that no other module has used",
+                got="a parameter that no step would move",
+                advice="other attribute names, pyro_vae.pair.PairModule for PyroModule, or "
+                "pyro.clear_param_store()",
+            )
 
 
 def _traced(side: str, program: Callable[..., Any], batch: Batch) -> poutine.Trace:
@@ -228,6 +282,14 @@ def _check_plate(site: dict[str, Any], side: str, size: int) -> None:
 
 def _check_event(model_site: dict[str, Any], guide_site: dict[str, Any]) -> None:
     name, prior, posterior = model_site["name"], model_site["fn"], guide_site["fn"]
+    full, other = (site["cond_indep_stack"][0].full_size for site in (model_site, guide_site))
+    if full != other:
+        refuse(
+            "the plates 'data' of model and guide stand for different numbers of data",
+            expected=f"{full}, as in the model",
+            got=f"{other} in the guide",
+            advice="the same pyro.plate('data', N, subsample=x) on both sides",
+        )
     if prior.event_shape != posterior.event_shape:
         refuse(
             f"site {name!r} has different event shapes",

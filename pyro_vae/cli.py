@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__
 
@@ -40,10 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=int, default=150, help="passes over the digits")
     demo.add_argument("--digits", type=int, default=16, help="held-out digits to judge")
     demo.add_argument("--witnesses", type=int, default=6, help="how many of them NUTS samples")
-    demo.add_argument("--seed", type=int, default=0, help="of weights, rows and draws")
+    demo.add_argument("--seed", type=_seed, default=0, help="of weights, rows and draws")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _seed(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"a seed is 0 or more, and below 2**63; got {text}")
+    return value
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -57,7 +64,8 @@ def _demo(options: argparse.Namespace) -> int:
     print(run, end="\n\n")
     print(verdict, end="\n\n")
     seconds = time.perf_counter() - start
-    print(f"{options.out}: table.csv, demo.png, nuts.nc, weights ({seconds:.0f} s)")
+    written = ", ".join(sorted(path.name for path in Path(options.out).iterdir()))
+    print(f"{options.out}: {written} ({seconds:.0f} s)")
     return 0
 
 

@@ -41,13 +41,15 @@ def demo(
     Raises:
         ValueError: a folder that cannot be written, or a count below 1, before the first step.
     """
-    folder = writable_folder(folder)
     held_out = data.load("digits")
+    if epochs < 1:
+        raise ValueError(f"epochs must be an integer >= 1; got {epochs}")
     if not 1 <= digits <= len(held_out.test[0]) or not 0 <= witnesses <= digits:
         raise ValueError(
             f"digits must be 1..{len(held_out.test[0])} and witnesses 0..digits; "
             f"got {digits} and {witnesses}"
         )
+    folder = writable_folder(folder)
     with preserved_rng(seed):
         guide = guides.NormalGuide(networks.MLP(64, 128, 128, guides.NormalGuide.features(2)))
         model = models.VAE(

@@ -57,7 +57,8 @@ def raw_positive(value: Tensor, floor: float = 1e-4) -> Tensor:
         >>> positive(raw_positive(torch.tensor([0.5, 3.0])))
         tensor([0.5000, 3.0000])
     """
-    return (value - floor).expm1().log()
+    rest = value - floor
+    return rest + torch.log(-torch.expm1(-rest))
 
 
 class GatedLinear(nn.Module):

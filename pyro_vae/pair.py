@@ -99,7 +99,7 @@ class LogDensities(NamedTuple):
     guide: Tensor
     """log q(z | x)"""
     latents: dict[str, Tensor]
-    """the draws themselves, each `(S, B, *event)`"""
+    """the draws themselves, each `(S, B, *event)`, in the order of the model"""
     scale: float | None
     """what the sites' densities are scaled by (N/B under subsampling); `None` if unequally"""
 
@@ -144,7 +144,7 @@ def densities(
         likelihood=_log_prob(observed_sites(model_trace), shape),
         prior=_log_prob(latent_sites(model_trace), shape),
         guide=_log_prob(latent_sites(guide_trace), shape),
-        latents={site["name"]: site["value"] for site in latent_sites(guide_trace)},
+        latents={site["name"]: site["value"] for site in latent_sites(model_trace)},
         scale=_common_scale([*all_sites(model_trace), *all_sites(guide_trace)]),
     )
 
@@ -168,7 +168,8 @@ class LogJoint:
         batch: the batch.
 
     Raises:
-        ValueError: no latent in the plate, a latent outside it, or a discrete one.
+        ValueError: no latent in the plate, a latent outside it, a discrete one, or one whose
+            support depends on another.
 
     Example:
         >>> import pyro.distributions as dist
@@ -190,6 +191,7 @@ class LogJoint:
             raise ValueError("model has no latent site; expected at least one, such as 'z'")
         for site in sites:
             _refuse_global_or_discrete(site)
+        _refuse_moving_supports(model, batch, sites)
         self.transforms = {site["name"]: _bijection(site["fn"].support) for site in sites}
         self._shapes = {
             site["name"]: tuple(
@@ -202,7 +204,7 @@ class LogJoint:
 
     def __call__(self, unconstrained: Tensor) -> Tensor:
         """Score `(S, B, L)` unconstrained latents; returns `(S, B)` nats."""
-        latents, log_jacobian = self._constrain(unconstrained)
+        latents, log_jacobian = self.constrain(unconstrained)
         return self._score(latents, tuple(unconstrained.shape[:-1])) + log_jacobian
 
     def of_latent(self, z: Tensor) -> Tensor:
@@ -213,10 +215,6 @@ class LogJoint:
     def rows(self, index: Tensor | slice) -> LogJoint:
         """The same target for some rows of the batch."""
         return LogJoint(self.model, tuple(tensor[index] for tensor in self.batch))
-
-    def constrain(self, unconstrained: Tensor) -> dict[str, Tensor]:
-        """Map `(S, B, L)` unconstrained values to latents, each `(S, B, *event)`."""
-        return self._constrain(unconstrained)[0]
 
     def unconstrain(self, latents: dict[str, Tensor]) -> Tensor:
         """Map latents, each `(S, B, *event)`, to `(S, B, L)` unconstrained values."""
@@ -248,7 +246,8 @@ class LogJoint:
             for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
         }
 
-    def _constrain(self, unconstrained: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def constrain(self, unconstrained: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Map `(S, B, L)` to latents, each `(S, B, *event)`, and log |det ∂z/∂u|, `(S, B)`."""
         leading = unconstrained.shape[:-1]
         latents, log_jacobian = {}, unconstrained.new_zeros(leading)
         for name, free in self.split(unconstrained).items():
@@ -276,7 +275,7 @@ def observation(model: Model, latents: Mapping[str, Tensor], batch: Batch | None
         tensor([0., 2.])
     """
     conditioned = poutine.trace(poutine.condition(model, data=dict(latents)))
-    with preserved_rng(), torch.no_grad():
+    with preserved_rng(), evaluating(model), torch.no_grad():
         if batch is None:
             trace = conditioned.get_trace(None, size=len(next(iter(latents.values()))))
         else:
@@ -284,13 +283,13 @@ def observation(model: Model, latents: Mapping[str, Tensor], batch: Batch | None
     return trace.nodes["x"]["fn"]
 
 
-def full_size(guide: Guide, batch: Batch) -> int | None:
+def full_size(program: Model | Guide, batch: Batch) -> int | None:
     """`N` of a plate `"data"` that subsamples; `None` if the plate is as long as the batch.
 
     An ELBO of the pair is a sum over so many data, and over the rows of the batch otherwise.
     """
-    with preserved_rng(), torch.no_grad():
-        trace = poutine.trace(guide).get_trace(*batch)
+    with preserved_rng(), evaluating(program), torch.no_grad():
+        trace = poutine.trace(program).get_trace(*batch)
     (frame, *_) = latent_sites(trace)[0]["cond_indep_stack"]
     full = frame.full_size or frame.size
     return None if full == frame.size else int(full)
@@ -343,20 +342,30 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(*parts: object) -> Iterator[None]:
-    """Hold those parts that are modules fixed: in eval mode, without gradients to parameters."""
+def evaluating(*parts: object) -> Iterator[None]:
+    """Hold those parts that are modules in eval mode: no dropout, no running statistics."""
     modules = [part for part in parts if isinstance(part, nn.Module)]
     training = [child for module in modules for child in module.modules() if child.training]
-    trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
     for child in training:
         child.training = False
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for child in training:
             child.training = True
+
+
+@contextmanager
+def frozen(*parts: object) -> Iterator[None]:
+    """Hold those parts that are modules in eval mode, without gradients to parameters."""
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with evaluating(*modules):
+            yield
+    finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
 
@@ -376,6 +385,29 @@ def _log_prob(sites: Sequence[Any], shape: tuple[int, ...]) -> Tensor:
 def _common_scale(sites: Sequence[Any]) -> float | None:
     scales = {float(site["scale"]) for site in sites}
     return scales.pop() if len(scales) == 1 else None
+
+
+def _refuse_moving_supports(model: Model, batch: Batch, sites: list[Any]) -> None:
+    """A site whose support moves with another latent has no transform of its own."""
+    if not any(bounds_of(site["fn"].support) for site in sites[1:]):
+        return
+    with preserved_rng(seed=1), torch.no_grad():
+        again = latent_sites(poutine.trace(model).get_trace(*batch))
+    for site, other in zip(sites, again, strict=True):
+        pairs = zip(bounds_of(site["fn"].support), bounds_of(other["fn"].support), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise ValueError(
+                f"the support of latent site {site['name']!r} depends on another latent"
+                "\n  expected: supports that are fixed for each datum"
+                "\n  try:      sample on a fixed support, and transform in the model"
+            )
+
+
+def bounds_of(support: Any) -> list[Tensor]:
+    """The numbers that a constraint is parametrised by."""
+    if base := getattr(support, "base_constraint", None):
+        return bounds_of(base)
+    return [torch.as_tensor(v) for v in vars(support).values() if isinstance(v, Tensor | float)]
 
 
 def _bijection(support: Any) -> Any:

@@ -44,22 +44,20 @@ def posterior(
     Raises:
         ValueError: three latent dimensions.
     """
-    grid = exact.grids[datum]
-    if len(grid.center) == 1:
-        ax.fill_between(
-            grid.nodes[:, 0].numpy(), grid.density.numpy(), color="0.85", label="exact"
-        )
+    nodes, density = exact.density(datum)
+    if nodes.shape[-1] == 1:
+        ax.fill_between(nodes[:, 0].numpy(), density.numpy(), color="0.85", label="exact")
         for draws, colour, name in ((mcmc, MCMC, "MCMC"), (guide, GUIDE, "guide")):
             if draws is not None:
                 values = draws.flat[:, datum, 0].numpy()
                 ax.hist(values, bins=40, density=True, histtype="step", color=colour, label=name)
         ax.set_yticks([])
         return ax
-    if len(grid.center) != 2:
+    if nodes.shape[-1] != 2:
         raise ValueError("posterior() draws one or two latent dimensions; this grid has three")
     ax.pcolormesh(
-        *grid.nodes.permute(2, 0, 1).numpy(),
-        grid.density.numpy(),
+        *nodes.permute(2, 0, 1).numpy(),
+        density.numpy(),
         cmap=DENSITY,
         shading="gouraud",
         rasterized=True,

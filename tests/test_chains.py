@@ -144,3 +144,23 @@ def test_several_sites_keep_their_own_dims() -> None:
     assert posterior["z2"].dims == ("chain", "draw", "datum", "z2_latent")
     assert posterior["s"].dims == ("chain", "draw", "datum")
     assert draws.flat.shape == (9, 4, 6)
+
+
+def test_ties_share_their_rank_and_nan_is_passed_on() -> None:
+    coin = (torch.rand(4, 500, generator=torch.Generator().manual_seed(1)) < 0.3).double()
+    assert convergence.rhat(coin) < 1.01 and convergence.ess(coin) > 1000
+    assert convergence.ess(coin).item() == pytest.approx(_arviz("ess", coin), rel=0.05)
+    coin[1, 7] = torch.nan
+    assert convergence.rhat(coin).isnan() and convergence.ess(coin).isnan()
+
+
+def test_nuts_starts_where_there_is_a_likelihood() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    draws = nuts(model, (torch.tensor([1.5]),), draws=20, warmup=20, chains=1, progress=False)
+    assert ((draws["z"] > 0.5) & (draws["z"] < 2.5)).all()
+    with pytest.raises(ValueError, match=r"no likelihood at any of 100 draws"):
+        nuts(model, (torch.tensor([50.0]),), draws=20, warmup=20, chains=1, progress=False)

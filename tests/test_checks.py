@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor
 
 import pyro_vae as pv
@@ -141,3 +142,80 @@ def test_a_bad_row_late_in_the_data_is_found(digits: pv.data.Dataset) -> None:
 def test_support_looks_at_the_event_shape() -> None:
     with pytest.raises(ValueError, match=r"another shape.*\n.*\(3,\)\n.*\(2,\)"):
         check_support(dist.Normal(torch.zeros(3), 1.0).to_event(1), torch.zeros(5, 2))
+
+
+class _Side(PyroModule):
+    """A pair of modules in stock Pyro whose networks have one name."""
+
+    def __init__(self, name: str, guide: bool) -> None:
+        super().__init__()
+        setattr(self, name, torch.nn.Linear(2, 2))
+        self._network, self._guide = name, guide
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            if self._guide:
+                loc = getattr(self, self._network)(x)
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            else:
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                loc = getattr(self, self._network)(z)
+                pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+def test_parameters_that_the_global_store_has_taken_are_refused() -> None:
+    x = torch.zeros(4, 2)
+    pv.check_pair(_Side("decoder", False), _Side("encoder", True), (x,))
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=r"of the (model|guide) is not its own"):
+        pv.check_pair(_Side("net", False), _Side("net", True), (x,))
+    pyro.clear_param_store()
+    first = _Side("decoder", False), _Side("encoder", True)
+    pv.check_pair(*first, (x,))
+    with pytest.raises(ValueError, match=r"is not its own(.*\n)*.*clear_param_store"):
+        pv.check_pair(_Side("decoder", False), _Side("encoder", True), (x,))
+    pyro.clear_param_store()
+
+
+def test_plates_that_stand_for_different_numbers_are_refused() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 1000, subsample=x):
+            _z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(_z, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"different numbers of data(.*\n)*.*1000.*\n.*4"):
+        pv.check_pair(model, _guide(), (torch.zeros(4, 2),))
+    with pytest.raises(ValueError, match="NUTS would count each datum as often"):
+        pv.posterior.nuts(model, (torch.zeros(4, 2),), progress=False)
+
+
+def test_batch_normalisation_is_left_as_it_was() -> None:
+    model, guide = digits_pair()
+    guide.encoder = torch.nn.Sequential(torch.nn.BatchNorm1d(64), guide.encoder)
+    x = torch.bernoulli(torch.full((20, 64), 0.3))
+    before = [b.clone() for b in guide.buffers()]
+    pv.check_pair(model, guide, (x,))
+    one = pv.bounds(model, guide, (x,), draws=30).elbo
+    assert all(torch.equal(a, b) for a, b in zip(before, guide.buffers(), strict=True))
+    assert guide.training and guide.encoder[0].training
+    assert torch.isfinite(one).all()
+
+
+@pytest.mark.parametrize("entry", [pv.posterior.quadrature, pv.posterior.nuts])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(4, 63), "another shape"),
+        (torch.full((4, 64), 0.5), "outside the support"),
+        (torch.full((4, 64), torch.nan), "NaN"),
+    ],
+    ids=["width", "grey", "nan"],
+)
+def test_ways_to_the_posterior_refuse_bad_data(entry: Any, x: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        entry(digits_pair().model, (x,))
+
+
+def test_a_third_part_is_looked_at() -> None:
+    with pytest.raises(ValueError, match="part 3 of the batch has NaN"):
+        check_batch((torch.zeros(2), torch.zeros(2), torch.full((2,), torch.nan)))

@@ -57,7 +57,8 @@ def test_history_holds_what_a_fresh_measurement_finds(digits: Any) -> None:
         error = getattr(best, f"{name}_elbo_se")
         assert 0 < error < 1
         for term, value in values.items():
-            assert getattr(best, f"{name}_{term}") == pytest.approx(value, abs=4 * error)
+            # The rows are the same: what is left is the noise of 8 and of 50 draws a row.
+            assert getattr(best, f"{name}_{term}") == pytest.approx(value, abs=error)
     assert run.history.shape == (8, 10)
     assert run.history.index.tolist() == list(range(1, 9))
     assert best.validation_elbo == pytest.approx(
@@ -98,7 +99,7 @@ def test_other_objectives(objective: Any, digits: Any) -> None:
 
 
 def test_an_objective_without_a_loss_is_refused(digits: Any) -> None:
-    with pytest.raises(ValueError, match=r"RenyiELBO has no differentiable_loss"):
+    with pytest.raises(ValueError, match=r"RenyiELBO.*has no differentiable_loss"):
         _fit(digits_pair(), digits, objective=RenyiELBO())
 
 
@@ -200,3 +201,31 @@ def test_weights_come_back(digits: Any, tmp_path: Path) -> None:
         pv.load_weights(tmp_path / "nowhere", *other)
     with pytest.raises(RuntimeError, match="size mismatch"):
         pv.load_weights(tmp_path, *digits_pair(latent_dim=3))
+
+
+def test_ctrl_c_leaves_the_best_weights(digits: Any) -> None:
+    pair = digits_pair()
+    once = digits_pair()
+    for part, twin in zip(once, pair, strict=True):
+        part.load_state_dict(twin.state_dict())
+    _fit(once, digits, epochs=1)
+
+    class Interrupted(Trace_ELBO):
+        steps = 0
+
+        def differentiable_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            if self.steps == 1 + 11 + 5:
+                raise KeyboardInterrupt
+            return super().differentiable_loss(*args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        _fit(pair, digits, objective=Interrupted())
+    assert all(torch.equal(p, q) for p, q in zip(_state(pair), _state(once), strict=True))
+
+
+def test_one_row_has_no_standard_error() -> None:
+    run = _fit(digits_pair(), (torch.ones(1, 64),), epochs=1)
+    assert run.best.validation_elbo_se != run.best.validation_elbo_se
+    with pytest.raises(ValueError, match=r"Trace_ELBO.*has no differentiable_loss to call"):
+        _fit(digits_pair(), (torch.ones(1, 64),), objective=Trace_ELBO)

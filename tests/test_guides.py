@@ -37,7 +37,7 @@ def test_a_flow_integrates_to_one_and_samples_itself_for_each_datum(latent_dim: 
 
 
 def test_a_flow_reads_its_features() -> None:
-    with pytest.raises(ValueError, match="FlowGuide of 2 latents wants 12 features.*got 4"):
+    with pytest.raises(ValueError, match=r"FlowGuide of 2 latents wants 12 features.*got 4"):
         FlowGuide(nn.Linear(6, 4), 2).posterior(torch.zeros(3, 6))
 
 

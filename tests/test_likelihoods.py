@@ -12,7 +12,7 @@ from pairs import catalogue_pair
 from pyro_vae.likelihoods import LogisticLevels
 from truth import assert_z
 
-DISCRETE = {
+DISCRETE: dict[str, Any] = {
     "categorical": (pv.likelihoods.Categorical(5), torch.arange(5.0), 5),
     "logistic": (pv.likelihoods.DiscretizedLogistic(256), torch.linspace(0, 1, 256), 2),
     "logistic, two": (pv.likelihoods.DiscretizedLogistic(2), torch.tensor([0.0, 1.0]), 2),

@@ -137,7 +137,8 @@ def test_an_autoencoder_reconstructs_better_and_leaves_holes(digits: Any) -> Non
         ),
         pv.guides.NormalGuide(pv.networks.MLP(64, 64, 4)),
     )
-    runs = [pv.fit(*pair, digits, epochs=40, lr=5e-3, progress=False) for pair in (plain, vae)]
+    pairs: list[Any] = [plain, vae]
+    runs = [pv.fit(m, g, digits, epochs=40, lr=5e-3, progress=False) for m, g in pairs]
     assert runs[0].best.train_reconstruction > runs[1].best.train_reconstruction
     assert runs[0].best.train_kl == 0
     (x,) = digits.train

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim.optim import PyroOptim
 from torch import Tensor, nn
@@ -279,7 +280,7 @@ def test_dreg_wants_reparameterization() -> None:
     def guide(x: Tensor) -> None:
         loc = pyro.param("loc", torch.zeros(2))
         with pyro.plate("data", len(x)):
-            z = dist.testing.fakes.NonreparameterizedNormal(loc, 1.0).to_event(1)
+            z = NonreparameterizedNormal(loc, 1.0).to_event(1)
             pyro.sample("z", z)
 
     with pytest.raises(ValueError, match="wants a reparameterized guide"):

@@ -44,7 +44,7 @@ def _bounded(x: Tensor) -> None:
 def test_log_joint_maps_supports_and_counts_the_jacobian(double: None) -> None:
     x, free = torch.randn(4), torch.randn(5, 4, 3)
     target = LogJoint(_bounded, (x,))
-    sites = target.constrain(free)
+    sites, _ = target.constrain(free)
     assert target.size == 3
     assert (sites["rate"] > 0).all()
     torch.testing.assert_close(sites["weights"].sum(-1), torch.ones(5, 4))

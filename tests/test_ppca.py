@@ -72,9 +72,7 @@ def test_svi_finds_that_guide() -> None:
     assert _mean_field_gap(model) > 0.2
     assert gap.item() == pytest.approx(_mean_field_gap(model).item(), abs=1e-2)
     torch.testing.assert_close(guide.posterior(x).mean, model.posterior(x).mean, atol=0.06, rtol=0)
-    assert run.best.train_elbo == pytest.approx(
-        model.log_evidence(x).mean().item() - gap.item(), abs=5 * run.best.train_elbo_se
-    )
+    assert run.best.train_elbo == pytest.approx(weight.mean().item(), abs=0.05)
 
 
 def test_maximum_likelihood_is_a_maximum() -> None:
@@ -131,3 +129,11 @@ def test_svi_reaches_the_optimum_of_the_marginal_likelihood() -> None:
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_wide_noise_does_not_overflow() -> None:
+    torch.set_default_dtype(torch.float32)
+    assert PPCA(torch.eye(3, 2), torch.zeros(3), noise=1e4).noise.item() == pytest.approx(1e4)
+    assert pv.likelihoods.LearnedNormal(scale=1e4).scale.item() == pytest.approx(1e4)
+    x = 120 * torch.randn(50, 3) + 30
+    assert torch.isfinite(PPCA.maximum_likelihood(x, 2).log_evidence(x)).all()

@@ -9,6 +9,7 @@ from typing import Any
 import arviz
 import numpy as np
 import pandas as pd
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -27,7 +28,7 @@ def _psislw(log_weight: np.ndarray) -> np.ndarray:
         return np.asarray(arviz.psislw(log_weight)[1])
     from arviz_stats.base import array_stats
 
-    return np.asarray(array_stats.psislw(log_weight, axis=-1)[1])
+    return np.asarray(array_stats.psislw(-log_weight, axis=-1)[1])  # of log likelihoods there
 
 
 @pytest.mark.parametrize("shape", [-0.3, 0.2, 0.5, 0.9])
@@ -167,3 +168,84 @@ def test_other_dimensions(latent_dim: int, digits: Any) -> None:
 def test_four_dimensions_are_refused_with_a_way_out(digits: Any) -> None:
     with pytest.raises(ValueError, match=r"at most 3 latent.*\n.*nuts"):
         pv.compare(*digits_pair(latent_dim=4), (digits.test[0][:2],), progress=False)
+
+
+def _two_levels(x: Tensor) -> None:
+    """z2 → z1 → x, each given what is above with variance 1."""
+    with pyro.plate("data", len(x)):
+        z2 = pyro.sample("z2", dist.Normal(torch.full((1,), 3.0), 1.0).to_event(1))
+        z1 = pyro.sample("z1", dist.Normal(z2, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z1, 1.0).to_event(1), obs=x)
+
+
+def _bottom_up(x: Tensor) -> None:
+    """Its exact posterior, sampled in the other order."""
+    with pyro.plate("data", len(x)):
+        z1 = pyro.sample("z1", dist.Normal((2 * x + 3) / 3, (2 / 3) ** 0.5).to_event(1))
+        pyro.sample("z2", dist.Normal((z1 + 3) / 2, 0.5**0.5).to_event(1))
+
+
+def test_sites_are_compared_by_name(double: None) -> None:
+    x = torch.tensor([[-5.0], [9.0]])
+    verdict = pv.compare(
+        _two_levels, _bottom_up, (x,), witnesses=1, nuts_draws=150, progress=False
+    )
+    table = verdict.table
+    assert (table["kl"].abs() < 1e-6).all() and (table["why"] == "").all()
+    assert table["guide_mean_error"].abs().max() < 0.1
+    assert abs(table["nuts_mean_error"][0]) < 0.6
+    assert verdict.mcmc is not None
+    assert list(verdict.bounds.draws.sites) == ["z2", "z1"] == list(verdict.mcmc.sites)
+
+
+def test_nothing_that_is_not_finite_is_trusted() -> None:
+    model = _tilted()
+    x = torch.ones(12, 3)
+    x[9] = 2.0
+
+    def guide(x: Tensor) -> None:
+        right: Any = model.posterior(x)
+        mean = torch.where(x[:, :1] == 2.0, torch.nan, right.mean)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=right.scale_tril))
+
+    with pyro.validation_enabled(False):
+        verdict = pv.compare(model, guide, (x,), witnesses=0, progress=False)
+        assert "not finite" in verdict.table["why"][9] and (verdict.table["why"][:9] == "").all()
+        assert verdict.summary().loc["guide", "trusted"] == pytest.approx(11 / 12)
+
+
+def test_an_exact_guide_in_single_precision_has_light_weights() -> None:
+    model = _tilted()
+    x = model(None, size=6).detach()
+    found = bounds(model, guide_of(model.posterior), (x,))
+    assert (found.khat == -torch.inf).all()
+    before = torch.get_rng_state()
+    assert (
+        pareto_khat(1000 * torch.randn(500, 3, generator=torch.Generator())) == torch.inf
+    ).all()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("options", [{"draws": 10}, {"witnesses": -1}, {"nuts_draws": 2}], ids=str)
+def test_bad_counts_are_refused_at_once(options: dict[str, int], digits: Any) -> None:
+    with pytest.raises(ValueError, match="compare wants draws >= 25"):
+        pv.compare(*digits_pair(), (digits.test[0][:2],), progress=False, **options)  # type: ignore[arg-type]
+
+
+def test_a_bounded_latent_is_drawn_where_it_lives() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(torch.full((2,), 2.0), 0.3).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(x.log(), 0.1).to_event(1))
+
+    verdict = pv.compare(model, guide, (torch.full((1, 2), 8.0),), witnesses=0, progress=False)
+    (panel,) = verdict.plot().axes
+    mesh: Any = panel.collections[0]
+    low, high = panel.get_xlim()
+    inside = (mesh.get_coordinates()[..., 0] > low) & (mesh.get_coordinates()[..., 0] < high)
+    assert inside.mean() > 0.1

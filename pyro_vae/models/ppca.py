@@ -9,9 +9,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_batch
-from ..networks import positive
-from ..pair import PairModule, plate_size
+from pyro_vae.checks import check_batch
+from pyro_vae.networks import positive, raw_positive
+from pyro_vae.pair import PairModule, plate_size
 
 
 class PPCA(PairModule):
@@ -53,7 +53,7 @@ class PPCA(PairModule):
             raise ValueError(f"noise must be a standard deviation above 1e-4; got {noise}")
         self.loading = nn.Parameter(loading.clone())
         self.mean = nn.Parameter(mean.clone())
-        self.raw_noise = nn.Parameter(torch.special.expm1(loading.new_tensor(noise - 1e-4)).log())
+        self.raw_noise = nn.Parameter(raw_positive(loading.new_tensor(noise)))
 
     @property
     def noise(self) -> Tensor:

@@ -71,11 +71,13 @@ def _split(chains: Tensor) -> Tensor:
 
 
 def _normal_scores(chains: Tensor) -> Tensor:
-    flat = chains.flatten(0, 1).double()
-    ranks = flat.argsort(0).argsort(0).double() + 1
-    scores = torch.special.ndtri((ranks - 0.375) / (len(flat) + 0.25))
-    still = (flat == flat[0]).all(0)
-    return torch.where(still, torch.zeros_like(scores), scores).reshape(chains.shape)
+    columns = chains.double().reshape(chains.shape[0] * chains.shape[1], -1).mT.contiguous()
+    ordered = columns.sort(-1).values
+    below, upto = (torch.searchsorted(ordered, columns, right=right) for right in (False, True))
+    ranks = (below + upto + 1).double() / 2  # equal draws share the mean of their ranks
+    scores = torch.special.ndtri((ranks - 0.375) / (columns.shape[-1] + 0.25))
+    scores = torch.where(torch.isnan(columns).any(-1, keepdim=True), torch.nan, scores)
+    return scores.mT.reshape(chains.shape)
 
 
 def _check(chains: Tensor) -> None:

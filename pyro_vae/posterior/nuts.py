@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.checks import check_batch
-from pyro_vae.pair import Batch, LogJoint, Model, frozen, preserved_rng
+from pyro_vae.checks import check_model
+from pyro_vae.pair import Batch, LogJoint, Model, frozen, full_size, preserved_rng
 
 from .draws import Draws
 
@@ -61,11 +62,16 @@ def nuts(
         >>> nuts(model, (torch.zeros(1, 3),), draws=10, warmup=10, progress=False)["z"].shape
         torch.Size([2, 10, 1, 2])
     """
-    check_batch(batch)
+    check_model(model, batch)
     if draws < 4 or warmup < 1 or chains < 1:
         raise ValueError(
             "nuts wants draws >= 4, warmup >= 1, chains >= 1; "
             f"got draws={draws}, warmup={warmup}, chains={chains}"
+        )
+    if (size := full_size(model, tuple(part[:1] for part in batch))) is not None:
+        raise ValueError(
+            f"the model's plate stands for {size} data, and NUTS would count each datum as often"
+            "\n  expected: pyro.plate('data', len(x))\n  try:      the model without subsample="
         )
     with preserved_rng(seed), frozen(model):
         per_datum = [
@@ -73,8 +79,10 @@ def nuts(
              for _ in range(chains)]
             for b in tqdm(range(len(batch[0])), desc="NUTS", unit="datum", disable=not progress)
         ]  # fmt: skip
-    sites = {name: _stack(per_datum, name) for name in per_datum[0][0]}
-    stats = {name: sites.pop(name) for name in ("diverging", "acceptance_rate", "step_size")}
+    names = LogJoint(model, batch).transforms  # in the order of the model; Pyro sorts them
+    sites = {name: _stack(per_datum, name) for name in names}
+    statistics = ("diverging", "acceptance_rate", "step_size")
+    stats = {name: _stack(per_datum, name) for name in statistics}
     return Draws(sites, stats, method="Pyro NUTS")
 
 
@@ -86,7 +94,7 @@ def _chain(model: Model, datum: Batch, draws: int, warmup: int) -> dict[str, Ten
         kernel,
         num_samples=draws,
         warmup_steps=warmup,
-        initial_params={k: v[0] for k, v in target.split(target.prior_draws(1)).items()},
+        initial_params=_start(target),
         disable_progbar=True,
     )
     mcmc.run(*datum)
@@ -99,6 +107,19 @@ def _chain(model: Model, datum: Batch, draws: int, warmup: int) -> dict[str, Ten
         "acceptance_rate": torch.full((draws, 1), diagnostics["acceptance rate"]["chain 0"]),
         "step_size": torch.full((draws, 1), float(kernel.step_size)),
     }
+
+
+def _start(target: LogJoint) -> dict[str, Tensor]:
+    """A draw from the prior at which the datum has a likelihood."""
+    candidates = target.prior_draws(100)
+    with pyro.validation_enabled(False):
+        possible = torch.isfinite(target(candidates)).flatten().nonzero().flatten()
+    if not len(possible):
+        raise ValueError(
+            "a datum has no likelihood at any of 100 draws from the prior: NUTS cannot start"
+            "\n  expected: a finite log p(x, z)\n  try:      pv.check_pair(model, guide, batch)"
+        )
+    return {k: v[0] for k, v in target.split(candidates[possible[:1]]).items()}
 
 
 def _stack(per_datum: list[list[dict[str, Tensor]]], name: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def save_weights(folder: str | Path, model: nn.Module, guide: nn.Module) -> None:
-    """Write `model.safetensors` and `guide.safetensors` into an existing folder.
+    """Write `model.safetensors` and `guide.safetensors` into a folder, made if missing.
 
     Example:
         >>> import tempfile, torch
@@ -17,6 +17,7 @@ def save_weights(folder: str | Path, model: nn.Module, guide: nn.Module) -> None
         ...     save_weights(folder, nn.Linear(1, 1), nn.Linear(1, 1))
         ...     load_weights(folder, nn.Linear(1, 1), nn.Linear(1, 1))
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, part in (("model", model), ("guide", guide)):
         path = Path(folder) / f"{name}.safetensors"
         save_model(part, str(path))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pyro_vae.checks import check_pair
 from pyro_vae.data import Dataset
-from pyro_vae.pair import Batch, Guide, Model, frozen, full_size, log_densities, preserved_rng
+from pyro_vae.pair import Batch, Guide, Model, evaluating, full_size, log_densities, preserved_rng
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +36,8 @@ class Epoch:
     """What was measured after one pass over the training data; nats per datum.
 
     Training and validation are measured alike: after the epoch, at the same weights, without
-    weights on the KL, on equally many rows, with several draws a datum. ELBO =
-    reconstruction − KL, up to rounding; `_se` is the standard error over rows and draws.
+    weights on the KL, with several draws a datum; training on at most as many rows as
+    validation has. ELBO = reconstruction − KL; `_se` is the standard error over rows.
     """
 
     epoch: int
@@ -142,6 +142,7 @@ def fit(
         ValueError: before the first step, for a bad pair, bad data or a count below 1.
         FloatingPointError: a step that is not finite, with its epoch and batch; the pair is
             left with the weights of the last whole epoch.
+        KeyboardInterrupt: as it came; the pair is left with the best weights so far.
 
     References:
         Matthew D. Hoffman, David M. Blei, Chong Wang, John Paisley. *Stochastic Variational
@@ -175,8 +176,11 @@ def fit(
         for epoch in range(1, epochs + 1):
             try:
                 loss = _sweep(loss_of, stepper, train, batch_size, size)
-                with frozen(model, guide):
+                with evaluating(model, guide):
                     terms = _measure(model, guide, train, validation)
+            except KeyboardInterrupt:
+                weights.restore(kept)
+                raise
             except FloatingPointError as error:
                 weights.restore(whole)
                 raise FloatingPointError(
@@ -193,10 +197,10 @@ def fit(
                 f"ELBO {terms['validation_elbo']:.2f}, KL {terms['validation_kl']:.2f}"
             )
             bar.update()
-            if patience is not None and epoch - best >= patience:
+            if stopped_early := patience is not None and epoch - best >= patience:
                 break
         weights.restore(kept)
-    return Run(tuple(history), best, stopped_early=len(history) < epochs)
+    return Run(tuple(history), best, stopped_early)
 
 
 class _Weights:
@@ -256,7 +260,8 @@ def _measure(model: Model, guide: Guide, train: Batch, validation: Batch) -> dic
         if not torch.isfinite(elbo).all():
             raise FloatingPointError(f"after the last batch: the {split} ELBO is not finite")
         terms[f"{split}_elbo"] = elbo.mean().item()
-        terms[f"{split}_elbo_se"] = elbo.std(correction=0).item() / len(elbo) ** 0.5
+        several = len(elbo) > 1
+        terms[f"{split}_elbo_se"] = elbo.std().item() / len(elbo) ** 0.5 if several else math.nan
         terms[f"{split}_reconstruction"] = likelihood.mean().item()
         terms[f"{split}_kl"] = (likelihood - elbo).mean().item()
     return terms
@@ -280,13 +285,13 @@ def _check(
     objective: Any,
 ) -> None:  # fmt: skip
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (int(value) != value or value < 1 or isinstance(value, float)):
             raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be > 0 and finite; got {lr}")
-    if not hasattr(objective, "differentiable_loss"):
+    if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise ValueError(
-            f"objective {type(objective).__name__} has no differentiable_loss"
+            f"objective {objective!r} has no differentiable_loss to call"
             "\n  expected: a Pyro ELBO such as Trace_ELBO()\n  try:      objective=Trace_ELBO()"
         )
     for batch in (train, validation):

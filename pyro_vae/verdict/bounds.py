@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_vae.checks import check_batch
-from pyro_vae.pair import Batch, Guide, Model, frozen, log_densities, preserved_rng
+from pyro_vae.checks import check_pair
+from pyro_vae.pair import Batch, Guide, Model, evaluating, log_densities, preserved_rng
 from pyro_vae.posterior.draws import Draws
 
 
@@ -98,17 +98,17 @@ def bounds(
         >>> bool((b.elbo <= b.iwae).all()), b.khat.shape
         (True, torch.Size([5]))
     """
-    check_batch(batch)
+    check_pair(model, guide, batch)
     if draws < 2:
         raise ValueError(f"bounds wants at least 2 draws a datum; got {draws}")
     rows = max(1, chunk // draws)
-    with preserved_rng(seed), frozen(model, guide), torch.no_grad():
+    with preserved_rng(seed), evaluating(model, guide), torch.no_grad():
         parts = [
             log_densities(model, guide, tuple(part[i : i + rows] for part in batch), draws)
             for i in range(0, len(batch[0]), rows)
         ]
     sites = {
-        name: torch.cat([part.latents[name] for part in parts], dim=1).unsqueeze(0)
+        name: torch.cat([part.latents[name] for part in parts], dim=1).unsqueeze(0).cpu()
         for name in parts[0].latents
     }
     log_weight = torch.cat([part.log_weight.double() for part in parts], dim=1).cpu()
@@ -126,7 +126,8 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
 
     Returns:
         `(B,)`. Below 0.5 the weights have finite variance and importance sampling repairs the
-        guide; above 0.7 it does not. −inf where the weights are all alike: an exact guide.
+        guide; above 0.7 it does not. −inf where the largest weights agree within 0.1 %, as
+        under an exact guide; inf where a few outweigh all others by hundreds of nats.
 
     Warning:
         It speaks of what the guide has drawn: a mode that no draw has met is not seen.
@@ -152,9 +153,11 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
     size = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
     top = (log_weight - log_weight.max(0).values).double().sort(0).values[-size - 1 :]
     excess = top[1:].exp() - top[0].clamp_min(math.log(torch.finfo(torch.float64).tiny)).exp()
-    alike = excess[-1] <= 1e-12
-    k = _generalised_pareto_shape(torch.where(alike, torch.rand_like(excess).sort(0)[0], excess))
-    return torch.where(alike, -torch.inf, k)
+    alike = top[-1] - top[0] < 1e-3
+    extreme = ~alike & (excess[len(excess) // 4] <= 0)
+    ramp = torch.linspace(0.1, 1, len(excess), dtype=excess.dtype).unsqueeze(-1)
+    k = _generalised_pareto_shape(torch.where(alike | extreme, ramp, excess))
+    return torch.where(alike, -torch.inf, torch.where(extreme, torch.inf, k))
 
 
 def _generalised_pareto_shape(x: Tensor) -> Tensor:

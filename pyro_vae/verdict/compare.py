@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 SHORT = {
     "log_evidence": "log p(x)",
+    "exact_error": "error",
     "elbo": "ELBO",
     "kl": "KL",
     "kl_se": "±",
@@ -48,12 +50,14 @@ class Limits:
         sd: relative error of the sd, any coordinate.
         kl: KL(q‖p(z|x)), nats; 0.2 is what a Gaussian shifted by 0.63 sd has.
         khat: Pareto index of the importance weights (Vehtari et al., 2024).
+        exact: error that quadrature admits to, nats; above it nothing is judged.
     """
 
     mean: float = 0.5
     sd: float = 0.3
     kl: float = 0.2
     khat: float = 0.7
+    exact: float = 0.01
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,7 +83,8 @@ class Verdict:
         """A row a datum; nats, and errors in units of the exact posterior sd.
 
         `kl` is log p(x) − ELBO = KL(q‖p(z|x)), with its standard error. `_mean_error` and
-        `_sd_error` are those of the coordinate where the error is largest, signed; for NUTS
+        `_sd_error` are those of the coordinate where the error is largest, signed;
+        `exact_error` is what quadrature admits to; for NUTS
         `nuts_mcse` is the standard error that its mean admits to. `why` is empty where the
         guide is trusted.
         """
@@ -89,6 +94,7 @@ class Verdict:
         kl = self.exact.log_evidence - self.bounds.elbo
         columns: dict[str, Any] = {
             "log_evidence": self.exact.log_evidence,
+            "exact_error": self.exact.error,
             "elbo": self.bounds.elbo,
             "kl": kl,
             "kl_se": self.bounds.elbo_se,
@@ -120,19 +126,19 @@ class Verdict:
                 "kl": table["kl"].mean(),
                 "mean_error": _rms(table["guide_mean_error"]),
                 "sd_error": _rms(table["guide_sd_error"]),
-                "khat": table["khat"].max(),
+                "khat": table["khat"].max(skipna=False),
                 "trusted": (table["why"] == "").mean(),
             }
         }
         if self.mcmc is not None:
-            sampled = table.dropna(subset="rhat")
+            sampled = table.iloc[: self.mcmc.flat.shape[1]]
             rows["NUTS"] = {
                 "data": len(sampled),
                 "log_evidence": sampled["log_evidence"].mean(),
                 "mean_error": _rms(sampled["nuts_mean_error"]),
                 "sd_error": _rms(sampled["nuts_sd_error"]),
-                "rhat": sampled["rhat"].max(),
-                "ess": sampled["ess"].min(),
+                "rhat": sampled["rhat"].max(skipna=False),
+                "ess": sampled["ess"].min(skipna=False),
             }
         return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -184,6 +190,8 @@ class Verdict:
         self.exact.sample(1000).save(folder / "exact.nc")
         if self.mcmc is not None:
             self.mcmc.save(folder / "nuts.nc")
+        else:
+            (folder / "nuts.nc").unlink(missing_ok=True)  # of an earlier verdict
 
     def __repr__(self) -> str:
         import pandas as pd
@@ -260,6 +268,11 @@ def compare(
         True
     """
     check_pair(model, guide, batch)
+    if draws < 25 or witnesses < 0 or nuts_draws < 4 or nuts_warmup < 1 or chains < 1:
+        raise ValueError(
+            "compare wants draws >= 25, witnesses >= 0, chains >= 1, nuts_draws >= 4, nuts_warmup "
+            f">= 1; got {draws}, {witnesses}, {chains}, {nuts_draws}, {nuts_warmup}"
+        )
     exact = posterior.quadrature(model, batch, seed=seed)
     weighed = bounds(model, guide, batch, draws=draws, seed=seed)
     sampled = None
@@ -284,12 +297,15 @@ def _worst(errors: Tensor) -> Tensor:
 
 
 def _why(row: dict[Any, Any], limits: Limits) -> str:
+    measured = ("kl", "guide_mean_error", "guide_sd_error")
     reasons = {
+        "not finite": not all(math.isfinite(row[name]) for name in measured),
         "mean off": abs(row["guide_mean_error"]) > limits.mean,
         "too narrow": row["guide_sd_error"] < -limits.sd,
         "too wide": row["guide_sd_error"] > limits.sd,
         "high KL": row["kl"] - 2 * row["kl_se"] > limits.kl,
-        "heavy weights": row["khat"] > limits.khat,
+        "heavy weights": not row["khat"] <= limits.khat,
+        "exact value uncertain": not row["exact_error"] <= limits.exact,
     }
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
