@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/pyro-vae demo
 
 test: $(READY)
-	$(BIN)/pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --cov --cov-report=term
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -10,12 +10,12 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae.log_joint import bounds_of
 from pyro_vae.pair import (
     Batch,
     Guide,
     Model,
     all_sites,
-    bounds_of,
     evaluating,
     latent_sites,
     log_densities,

@@ -15,7 +15,6 @@ as one of ours. Shapes: `B` data in the batch, `S` draws, `L` latent, `D` observ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -27,7 +26,6 @@ from pyro.distributions.util import scale_and_mask
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 Batch = tuple[Tensor, ...]
 
@@ -131,8 +129,8 @@ def trace_pair(
     model: Model, guide: Guide, batch: Batch, draws: int
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """Run the guide for `draws` particles, and the model on what it drew; both traces."""
-    guide_trace = poutine.trace(_drawn(guide, draws)).get_trace(*batch)
-    replayed = poutine.replay(_drawn(model, draws), trace=guide_trace)
+    guide_trace = poutine.trace(with_draws(guide, draws)).get_trace(*batch)
+    replayed = poutine.replay(with_draws(model, draws), trace=guide_trace)
     return poutine.trace(replayed).get_trace(*batch), guide_trace
 
 
@@ -141,120 +139,12 @@ def densities(
 ) -> LogDensities:
     """Score the two traces of `trace_pair`, of leading shape `(S, B)`."""
     return LogDensities(
-        likelihood=_log_prob(observed_sites(model_trace), shape),
-        prior=_log_prob(latent_sites(model_trace), shape),
-        guide=_log_prob(latent_sites(guide_trace), shape),
+        likelihood=log_prob_of(observed_sites(model_trace), shape),
+        prior=log_prob_of(latent_sites(model_trace), shape),
+        guide=log_prob_of(latent_sites(guide_trace), shape),
         latents={site["name"]: site["value"] for site in latent_sites(model_trace)},
         scale=_common_scale([*all_sites(model_trace), *all_sites(guide_trace)]),
     )
-
-
-class LogJoint:
-    r"""The unnormalised posterior of each datum, as a function of unconstrained latents.
-
-    $$\log \tilde p_b(u) = \log p(x_b, z(u)) + \log\left|\det \partial z / \partial u\right|$$
-
-    where `u` stacks all latent sites of one datum, in the order of the model, and `z(u)` maps
-    each to its support. Built from the model's trace alone.
-
-    Args:
-        model: a model that meets the contract.
-        batch: tensors of `B` rows.
-
-    Attributes:
-        size: `L`, the number of unconstrained latent dimensions of one datum.
-        dtype: of the latents.
-        transforms: of each site, from the reals to its support.
-        batch: the batch.
-
-    Raises:
-        ValueError: no latent in the plate, a latent outside it, a discrete one, or one whose
-            support depends on another.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> LogJoint(model, (torch.zeros(3),))(torch.zeros(5, 3, 1)).shape
-        torch.Size([5, 3])
-    """
-
-    def __init__(self, model: Model, batch: Batch) -> None:
-        self.model = model
-        self.batch = batch
-        with preserved_rng(), torch.no_grad():
-            trace = poutine.trace(model).get_trace(*batch)
-        sites = latent_sites(trace)
-        if not sites:
-            raise ValueError("model has no latent site; expected at least one, such as 'z'")
-        for site in sites:
-            _refuse_global_or_discrete(site)
-        _refuse_moving_supports(model, batch, sites)
-        self.transforms = {site["name"]: _bijection(site["fn"].support) for site in sites}
-        self._shapes = {
-            site["name"]: tuple(
-                self.transforms[site["name"]].inverse_shape(site["value"].shape)[1:]
-            )
-            for site in sites
-        }
-        self.size = sum(math.prod(shape) for shape in self._shapes.values())
-        self.dtype = sites[0]["value"].dtype
-
-    def __call__(self, unconstrained: Tensor) -> Tensor:
-        """Score `(S, B, L)` unconstrained latents; returns `(S, B)` nats."""
-        latents, log_jacobian = self.constrain(unconstrained)
-        return self._score(latents, tuple(unconstrained.shape[:-1])) + log_jacobian
-
-    def of_latent(self, z: Tensor) -> Tensor:
-        """Log p(x, z) at `(S, B, *event)` values of a single latent site, `(S, B)` nats."""
-        (name,) = self.transforms
-        return self._score({name: z}, tuple(z.shape[:2]))
-
-    def rows(self, index: Tensor | slice) -> LogJoint:
-        """The same target for some rows of the batch."""
-        return LogJoint(self.model, tuple(tensor[index] for tensor in self.batch))
-
-    def unconstrain(self, latents: dict[str, Tensor]) -> Tensor:
-        """Map latents, each `(S, B, *event)`, to `(S, B, L)` unconstrained values."""
-        parts = [
-            transform.inv(latents[name]).flatten(start_dim=2)
-            if self._shapes[name]
-            else transform.inv(latents[name]).unsqueeze(-1)
-            for name, transform in self.transforms.items()
-        ]
-        return torch.cat(parts, dim=-1)
-
-    def prior_draws(self, draws: int) -> Tensor:
-        """Sample the prior of each datum; `(S, B, L)` unconstrained values."""
-        with torch.no_grad():
-            drawn = poutine.trace(_drawn(self.model, draws)).get_trace(*self.batch)
-        return self.unconstrain({site["name"]: site["value"] for site in latent_sites(drawn)})
-
-    def _score(self, latents: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        conditioned = poutine.condition(self.model, data=latents)
-        trace = poutine.trace(conditioned).get_trace(*self.batch)
-        return _log_prob(all_sites(trace), shape)
-
-    def split(self, unconstrained: Tensor) -> dict[str, Tensor]:
-        """Unstack `(S, B, L)` into the unconstrained value of each site, `(S, B, *event)`."""
-        sizes = [math.prod(shape) for shape in self._shapes.values()]
-        parts = unconstrained.split(sizes, dim=-1)
-        return {
-            name: part.reshape(*unconstrained.shape[:-1], *shape)
-            for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
-        }
-
-    def constrain(self, unconstrained: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Map `(S, B, L)` to latents, each `(S, B, *event)`, and log |det ∂z/∂u|, `(S, B)`."""
-        leading = unconstrained.shape[:-1]
-        latents, log_jacobian = {}, unconstrained.new_zeros(leading)
-        for name, free in self.split(unconstrained).items():
-            latents[name] = self.transforms[name](free)
-            jacobian = self.transforms[name].log_abs_det_jacobian(free, latents[name])
-            log_jacobian = log_jacobian + jacobian.reshape(*leading, -1).sum(-1)
-        return latents, log_jacobian
 
 
 def observation(model: Model, latents: Mapping[str, Tensor], batch: Batch | None = None) -> Any:
@@ -370,11 +260,13 @@ def frozen(*parts: object) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _drawn(program: Callable[..., Any], draws: int) -> Callable[..., Any]:
+def with_draws(program: Callable[..., Any], draws: int) -> Callable[..., Any]:
+    """The program inside a plate of `draws` at dim -2: its sites get a leading `S`."""
     return pyro.plate("_draws", draws, dim=-2)(program)
 
 
-def _log_prob(sites: Sequence[Any], shape: tuple[int, ...]) -> Tensor:
+def log_prob_of(sites: Sequence[Any], shape: tuple[int, ...]) -> Tensor:
+    """The summed log density of sites, unscaled, masks kept, expanded to `shape`."""
     total: Any = 0.0
     for site in sites:
         log_prob = site["fn"].log_prob(site["value"])
@@ -385,47 +277,3 @@ def _log_prob(sites: Sequence[Any], shape: tuple[int, ...]) -> Tensor:
 def _common_scale(sites: Sequence[Any]) -> float | None:
     scales = {float(site["scale"]) for site in sites}
     return scales.pop() if len(scales) == 1 else None
-
-
-def _refuse_moving_supports(model: Model, batch: Batch, sites: list[Any]) -> None:
-    """A site whose support moves with another latent has no transform of its own."""
-    if not any(bounds_of(site["fn"].support) for site in sites[1:]):
-        return
-    with preserved_rng(seed=1), torch.no_grad():
-        again = latent_sites(poutine.trace(model).get_trace(*batch))
-    for site, other in zip(sites, again, strict=True):
-        pairs = zip(bounds_of(site["fn"].support), bounds_of(other["fn"].support), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs):
-            raise ValueError(
-                f"the support of latent site {site['name']!r} depends on another latent"
-                "\n  expected: supports that are fixed for each datum"
-                "\n  try:      sample on a fixed support, and transform in the model"
-            )
-
-
-def bounds_of(support: Any) -> list[Tensor]:
-    """The numbers that a constraint is parametrised by."""
-    if base := getattr(support, "base_constraint", None):
-        return bounds_of(base)
-    return [torch.as_tensor(v) for v in vars(support).values() if isinstance(v, Tensor | float)]
-
-
-def _bijection(support: Any) -> Any:
-    if type(support).__name__ == "MixtureSameFamilyConstraint":  # torch registers no bijection
-        support = support.base_constraint
-    return biject_to(support)
-
-
-def _refuse_global_or_discrete(site: dict[str, Any]) -> None:
-    name, frames = site["name"], site["cond_indep_stack"]
-    if [(frame.name, frame.dim) for frame in frames if frame.vectorized] != [("data", -1)]:
-        raise ValueError(
-            f"latent site {name!r} is not in the plate 'data' alone"
-            "\n  expected: a latent of each datum"
-            "\n  try:      with pyro.plate('data', len(x)): ..., or fix a global latent first"
-        )
-    if site["fn"].support.is_discrete:
-        raise ValueError(
-            f"latent site {name!r} is discrete ({type(site['fn']).__name__})\n  expected: latents"
-            " with a density\n  try:      sum it out in the model"
-        )

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"pair"},
+    {"log_joint"},
     {"checks", "networks", "flows"},
     {"likelihoods", "priors", "data"},
     {"models", "guides", "svi", "posterior"},

@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 
 import pyro_vae as pv
 from pairs import conditional_pair, hierarchical_pair, quantized_pair
+from pyro_vae.log_joint import LogJoint
 from pyro_vae.models import Autoencoder, Codebook, perplexity
-from pyro_vae.pair import LogJoint
 from truth import assert_z
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pairs import Pair, digits_pair, random_ppca
-from pyro_vae.pair import LogJoint, log_densities
+from pyro_vae.log_joint import LogJoint
+from pyro_vae.pair import log_densities
 from pyro_vae.posterior import quadrature
 from truth import assert_z
 

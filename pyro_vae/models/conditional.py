@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro
 from torch import Tensor, nn
 
-from pyro_vae.pair import PairModule
+from pyro_vae.pair import (PairModule)
 
 
 class ConditionalVAE(PairModule):

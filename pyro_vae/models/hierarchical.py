@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro
 from torch import Tensor, nn
 
-from pyro_vae.pair import PairModule, plate_size
+from pyro_vae.pair import (PairModule, plate_size)
 
 
 class HierarchicalVAE(PairModule):

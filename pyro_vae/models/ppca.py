@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import check_batch
 from pyro_vae.networks import positive, raw_positive
-from pyro_vae.pair import PairModule, plate_size
+from pyro_vae.pair import (PairModule, plate_size)
 
 
 class PPCA(PairModule):

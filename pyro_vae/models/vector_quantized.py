@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae.pair import PairModule, plate_size
+from pyro_vae.pair import (PairModule, plate_size)
 
 
 class Codebook(nn.Module):

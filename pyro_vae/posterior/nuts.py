@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.checks import check_model
-from pyro_vae.pair import Batch, LogJoint, Model, frozen, full_size, preserved_rng
+from pyro_vae.log_joint import LogJoint
+from pyro_vae.pair import Batch, Model, frozen, full_size, preserved_rng
 
 from .draws import Draws
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import check_model
-from pyro_vae.pair import Batch, LogJoint, Model, evaluating, preserved_rng
+from pyro_vae.log_joint import LogJoint
+from pyro_vae.pair import Batch, Model, evaluating, preserved_rng
 
 from .draws import Draws
 
