@@ -14,8 +14,8 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pairs import Pair, digits_pair, guide_of, random_ppca
+from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import (
-    LogJoint,
     frozen,
     full_size,
     log_densities,
