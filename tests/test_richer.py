@@ -22,11 +22,11 @@ def _log_evidence(prior: str, guide: str, seed: int) -> tuple[torch.Tensor, torc
     torch.manual_seed(seed)
     amortized = GUIDES[guide](digits.train[0], 2)
     model = pv.models.VAE(
-        MLP(2, 64, 64),
+        MLP(2, 128, 64),
         prior=PRIORS[prior](amortized, digits.train[0], 2),
         likelihood=pv.likelihoods.Bernoulli(),
     )
-    pv.fit(model, amortized, digits, epochs=30, lr=5e-3, seed=seed, progress=False)
+    pv.fit(model, amortized, digits, epochs=70, lr=3e-3, seed=seed, progress=False)
     batch = (digits.test[0][:60],)
     exact = quadrature(model, batch, tolerance=1e-2)
     assert exact.error.max() < 0.05

@@ -52,8 +52,7 @@ PAIRS: dict[str, Any] = {
         if not ("vamp" in prior and guide == "local")  # a VampPrior wants an amortized posterior
     },
     **{f"bernoulli ← {name}": name for name in LIKELIHOODS if name != "bernoulli"},
-    "hierarchical": "hierarchical",
-    "hierarchical, vamp": "hierarchical, vamp",
+    **{f"hierarchical ← {prior}": f"hierarchical ← {prior}" for prior in PRIORS},
     "conditional": "conditional",
     "conditional, p(z|y)": "conditional, p(z|y)",
     "quantized": "quantized",
@@ -80,7 +79,7 @@ def _build(name: str, grey: pv.data.Dataset) -> tuple[Pair, tuple[Tensor, ...]]:
         make, transform = LIKELIHOODS[what]
         return catalogue_pair(transform(x), likelihood=make()), (transform(x),)
     if what.startswith("hierarchical"):
-        return hierarchical_pair(binary, "vamp" if "vamp" in what else "standard"), (binary,)
+        return hierarchical_pair(binary, what.removeprefix("hierarchical ← ")), (binary,)
     if what.startswith("conditional"):
         network = torch.nn.Sequential(pv.networks.OneHot(10), MLP(10, 4))
         given = pv.priors.ConditionalNormal(network) if "p(z|y)" in what else None

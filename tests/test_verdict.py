@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,11 @@ def test_khat_is_that_of_arviz_and_of_theory(double: None, shape: float) -> None
     uniform = torch.rand(4000, 40)
     log_weight = ((uniform.pow(-shape) - 1) / shape).log()
     k = pareto_khat(log_weight)
-    np.testing.assert_allclose(k.numpy(), _psislw(log_weight.T.numpy()), atol=0.02)
-    assert_z(k.mean(), torch.tensor(shape), k.std() / 40**0.5 + 0.01)
+    # ArviZ 1 draws the line of the tail elsewhere by a few weights; k itself has an sd of 0.06.
+    np.testing.assert_allclose(k.numpy(), _psislw(log_weight.T.numpy()), atol=0.04)
+    # The weak prior of the fit pulls k towards 0.5 by a twentieth of the way.
+    count = math.ceil(3 * 4000**0.5)
+    assert_z(k.mean(), torch.tensor((shape * count + 5) / (count + 10)), k.std() / 40**0.5)
 
 
 def test_khat_of_equal_weights_says_nothing_is_wrong() -> None:
