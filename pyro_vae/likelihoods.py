@@ -222,6 +222,8 @@ class DiscretizedLogistic(nn.Module):
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         """Map `(..., 2 D)` to a distribution with event shape `(D,)`."""
+        if features.shape[-1] % 2:
+            raise ValueError(f"DiscretizedLogistic wants 2 D features; got {features.shape[-1]}")
         loc, raw_scale = features.chunk(2, dim=-1)
         scale = positive(raw_scale - 2)  # starts near 0.13, a tenth of the range
         return LogisticLevels(loc, scale, self.levels).to_event(1)
@@ -253,7 +255,8 @@ class NegativeBinomial(nn.Module):
 
     Args:
         observed: `D`; each place learns its own $r_d$.
-        dispersion: where $r$ starts; Poisson is the limit of large `r`.
+        dispersion: where $r$ starts. Poisson is the limit of large `r`; it is held below
+            1,000, above which single precision fails.
 
     Raises:
         ValueError: `observed` below 1, or a dispersion that is not positive.
@@ -270,8 +273,8 @@ class NegativeBinomial(nn.Module):
         super().__init__()
         if not isinstance(observed, int) or observed < 1:
             raise ValueError(f"observed must be the number of places, >= 1; got {observed!r}")
-        if not 1e-3 <= dispersion < math.inf:
-            raise ValueError(f"dispersion must start at 1e-3 or above; got {dispersion}")
+        if not 1e-3 <= dispersion < 1000:
+            raise ValueError(f"dispersion must start between 1e-3 and 1,000; got {dispersion}")
         self.raw_dispersion = nn.Parameter(raw_positive(torch.full((observed,), dispersion)))
 
     def features(self, observed: int) -> int:
@@ -280,7 +283,7 @@ class NegativeBinomial(nn.Module):
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         """Map raw means `(..., D)` to a distribution with event shape `(D,)`."""
-        dispersion = positive(self.raw_dispersion)
+        dispersion = positive(self.raw_dispersion).clamp_max(1000.0)
         return dist.GammaPoisson(dispersion, dispersion / positive(features)).to_event(1)
 
 

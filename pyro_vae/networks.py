@@ -291,6 +291,7 @@ def _check_widths(widths: tuple[int, ...]) -> None:
 
 
 def _check_index(index: Tensor, count: int, what: str, of: str) -> None:
-    if index.numel() and not (0 <= index.min() and index.max() < count):
-        bad = index[(index < 0) | (index >= count)].flatten()[0].item()
+    good = (index >= 0) & (index < count) & (index == index.round())
+    if not good.all():
+        bad = index[~good][0].item()
         raise ValueError(f"{what} {bad:g} is out of range 0..{count - 1}, {of} {count}")

@@ -98,6 +98,8 @@ class LogDensities(NamedTuple):
     """log q(z | x)"""
     latents: dict[str, Tensor]
     """the draws themselves, each `(S, B, *event)`, in the order of the model"""
+    factors: Tensor
+    """log factors of the guide (`pyro.factor`), such as a commitment, which no bound contains"""
     scale: float | None
     """what the sites' densities are scaled by (N/B under subsampling); `None` if unequally"""
 
@@ -143,6 +145,7 @@ def densities(
         prior=log_prob_of(latent_sites(model_trace), shape),
         guide=log_prob_of(latent_sites(guide_trace), shape),
         latents={site["name"]: site["value"] for site in latent_sites(model_trace)},
+        factors=log_prob_of(observed_sites(guide_trace), shape),
         scale=_common_scale([*all_sites(model_trace), *all_sites(guide_trace)]),
     )
 

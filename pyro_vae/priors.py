@@ -17,6 +17,7 @@ from torch.distributions import constraints
 from pyro_vae.checks import refuse
 from pyro_vae.flows import FlowDistribution, spline_flow
 from pyro_vae.networks import positive, raw_positive
+from pyro_vae.pair import evaluating
 
 
 class StandardNormal(nn.Module):
@@ -149,9 +150,10 @@ class VampPrior(nn.Module):
 
     $$p(z) = \sum_{k=1}^K \pi_k\, q(z \mid u_k)$$
 
-    Gradients flow to the pseudo-inputs and through the posterior to its encoder, which the
-    guide owns and this prior only calls. In eval mode the components are computed once, with
-    the encoder in eval mode, and again only after a parameter of either has changed.
+    In training mode gradients flow to the pseudo-inputs and through the posterior to its
+    encoder, which the guide owns and this prior only calls. In eval mode the components are
+    constants: computed once, with the encoder in eval mode, and again after a parameter of
+    either has changed. Copy model and guide together, `deepcopy((model, guide))`.
 
     Args:
         posterior: the callable $x \mapsto q(z \mid x)$, such as `guide.posterior`.
@@ -244,16 +246,11 @@ class VampPrior(nn.Module):
         owner = getattr(self._posterior[0], "__self__", self._posterior[0])
         if self.training or not isinstance(owner, nn.Module):
             return self._mixture()
-        # In eval mode; the key changes with every in-place step and every move of a parameter.
         tensors = [*self.parameters(), *owner.parameters(), *owner.buffers()]
-        key = [(t.data_ptr(), t._version, t.dtype) for t in tensors]
+        key = [(t.dtype, t.device, t._version, t.detach().sum().item()) for t in tensors]
         if self._cache is None or self._cache[0] != key:
-            mode = [(child, child.training) for child in owner.modules()]
-            owner.eval()
-            with torch.no_grad():
+            with evaluating(owner), torch.no_grad():
                 self._cache = key, self._mixture()
-            for child, training in mode:
-                child.training = training
         return self._cache[1]
 
     def _mixture(self) -> NormalMixture:
@@ -269,7 +266,7 @@ class VampPrior(nn.Module):
 
     def _to_raw(self, pseudo_inputs: Tensor) -> Tensor:
         if self.data_range is None:
-            return pseudo_inputs
+            return pseudo_inputs.detach().clone()
         low, high = self.data_range
         unit = (pseudo_inputs - low) / (high - low)
         if not ((unit >= 0) & (unit <= 1)).all():
@@ -341,7 +338,10 @@ class ConditionalNormal(nn.Module):
 
     def forward(self, *context: Tensor) -> dist.TorchDistribution:
         """Return the distribution, batch shape of the context, event shape `(L,)`."""
-        loc, raw_scale = self.network(*context).chunk(2, dim=-1)
+        features = self.network(*context)
+        if features.shape[-1] % 2:
+            raise ValueError(f"ConditionalNormal wants 2 L features; got {features.shape[-1]}")
+        loc, raw_scale = features.chunk(2, dim=-1)
         return dist.Normal(loc, positive(raw_scale)).to_event(1)
 
 

@@ -13,7 +13,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pairs import Pair, digits_pair, random_ppca
+from pairs import Pair, catalogue_pair, digits_pair, quantized_pair, random_ppca
 from pyro_vae.pair import log_densities
 from pyro_vae.svi import Run
 
@@ -229,3 +229,17 @@ def test_one_row_has_no_standard_error() -> None:
     assert run.best.validation_elbo_se != run.best.validation_elbo_se
     with pytest.raises(ValueError, match=r"Trace_ELBO.*has no differentiable_loss to call"):
         _fit(digits_pair(), (torch.ones(1, 64),), objective=Trace_ELBO)
+
+
+def test_half_a_copy_is_refused(digits: Any) -> None:
+    from copy import deepcopy
+
+    x = digits.train[0][:50]
+    model, guide = catalogue_pair(x, "vamp")
+    with pytest.raises(ValueError, match=r"trainable tensors of neither model nor guide"):
+        pv.fit(deepcopy(model), guide, (x,), epochs=1, progress=False)
+    quantized = quantized_pair()
+    with pytest.raises(ValueError, match=r"neither model nor guide(.*\n)*.*deepcopy\(\(model"):
+        pv.fit(quantized.model, deepcopy(quantized.guide), (x,), epochs=1, progress=False)
+    both = deepcopy((model, guide))
+    pv.fit(*both, (x,), epochs=1, progress=False)

@@ -52,6 +52,9 @@ def test_a_table_finds_its_rows_in_any_order(digits: Any) -> None:
     assert torch.equal(x[found], x[order]), "the row that was found is the row, or its equal"
     assert (found == order).float().mean() > 0.9
     assert torch.equal(table(-0.0 * x[:1] + x[:1]), table(x[:1]))
+    with pytest.raises(ValueError, match=r"start must give 4 features.*got \(20, 6\)"):
+        Table(x[:20], 4, start=nn.Linear(64, 6))
+    assert Table((4 * x[:5]).long(), 3)((4 * x[:5]).long()).shape == (5, 3)
     with pytest.raises(ValueError, match=r"1 of 3 rows are not in the table, the first \[1\]"):
         table(torch.stack([x[0], x[0] + 0.25, x[1]]))
 

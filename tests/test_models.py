@@ -150,3 +150,19 @@ def test_an_autoencoder_reconstructs_better_and_leaves_holes(digits: Any) -> Non
         plain[0](None, size=3)
     with pytest.raises(ValueError, match="latent_dim"):
         Autoencoder(pv.networks.MLP(2, 64), 0, pv.likelihoods.Bernoulli())
+
+
+def test_codes_of_another_shape_are_refused() -> None:
+    codebook = Codebook(codes=8, width=2, positions=3)
+    with pytest.raises(ValueError, match="8 codes want at least as many encodings; got 3"):
+        codebook.start(torch.randn(1, 6))
+    with pytest.raises(ValueError, match=r"codes must be \(N, 3\); got \(10, 1\)"):
+        codebook.fit(torch.zeros(10, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("bad", [-1.0, 3.0, 1.5, float("nan")])
+def test_no_class_is_made_up(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"class .* is out of range 0\.\.2"):
+        pv.networks.OneHot(3)(torch.tensor([0.0, bad]))
+    with pytest.raises(ValueError, match=r"token .* is out of range 0\.\.2"):
+        pv.networks.Tokens(3, 2, 4)(torch.tensor([[0.0, bad]]))

@@ -17,7 +17,14 @@ from pyro.optim.optim import PyroOptim
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pairs import GUIDES, catalogue_pair, guide_of, hierarchical_pair, random_ppca
+from pairs import (
+    GUIDES,
+    catalogue_pair,
+    guide_of,
+    hierarchical_pair,
+    quantized_pair,
+    random_ppca,
+)
 from pyro_vae.networks import raw_positive
 from pyro_vae.pair import log_densities
 from pyro_vae.svi.objectives import (
@@ -272,6 +279,60 @@ def test_dreg_takes_every_reparameterized_guide(guide: str) -> None:
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in pair.guide.parameters() if p.grad is not None)
+
+
+def test_dreg_is_refused_where_it_is_biased() -> None:
+    torch.set_default_dtype(torch.float32)
+    x = (torch.rand(20, 64) > 0.5).float()
+    with pytest.raises(ValueError, match=r"biased for a guide of several(.*\n)*.*z2"):
+        DReG(3).differentiable_loss(*hierarchical_pair(x), x)
+
+
+def test_dreg_has_the_gradient_of_iwae_for_the_model_as_well() -> None:
+    model, _, x = _fixture()
+    guide = _near_the_optimum(model)
+    rows = {}
+    for name, objective in (("iwae", IWAE(8)), ("dreg", DReG(8))):
+        losses = (objective.differentiable_loss(model, guide, x) for _ in range(400))
+        parts = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+        rows[name] = torch.stack([torch.cat([g.flatten() for g in part]) for part in parts])
+    (mean, error), (other, other_error) = (_mean_and_error(r) for r in rows.values())
+    assert_z(mean, other, (error**2 + other_error**2).sqrt())
+
+
+@pytest.mark.parametrize(
+    "objective", [Beta(1.0), IWAE(1), FreeBits(0.0)], ids=lambda o: type(o).__name__
+)
+def test_a_factor_of_the_guide_enters_every_objective(objective: Any) -> None:
+    torch.set_default_dtype(torch.float32)
+    x = (torch.rand(20, 64) > 0.5).float()
+    pair = quantized_pair()
+    expected = Trace_ELBO().differentiable_loss(*pair, x)
+    found = objective.differentiable_loss(*pair, x)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert pair.model.codebook.vectors.grad.abs().sum() > 0
+
+
+def test_fit_starts_a_warm_up_from_zero() -> None:
+    torch.set_default_dtype(torch.float32)
+    seen: list[int] = []
+    objective = Beta(lambda step: seen.append(step) or 1.0)  # type: ignore[func-returns-value]
+    x = (torch.rand(20, 64) > 0.5).float()
+    for _ in range(2):
+        seen.clear()
+        pv.fit(
+            *catalogue_pair(x), (x,), objective=objective, epochs=2, batch_size=10, progress=False
+        )
+        assert seen[-4:] == [0, 1, 2, 3]
+
+
+def test_free_bits_refuses_masks() -> None:
+    model, guide, x = _fixture()
+    nothing: Any = torch.tensor(False)
+    masked = poutine.mask(model, nothing), poutine.mask(guide, nothing)
+    with pytest.raises(ValueError, match="knows no masks"):
+        FreeBits(0.1).differentiable_loss(*masked, x)
 
 
 def test_dreg_wants_reparameterization() -> None:

@@ -92,8 +92,12 @@ def test_vamp_starts_where_it_is_told_and_stays_in_range() -> None:
     assert 0.04 < prior.pseudo_inputs.min() and prior.pseudo_inputs.max() < 0.96
     noise = VampPrior.at_random(guide.posterior, 12, 16, mean=0.3, sd=0.02)
     assert noise.pseudo_inputs.mean().item() == pytest.approx(0.3, abs=0.01)
-    real = VampPrior(guide.posterior, 5 * torch.randn(4, 16), data_range=None)
-    assert torch.equal(real.pseudo_inputs, real.raw)
+    data = 5 * torch.randn(4, 16)
+    real = VampPrior(guide.posterior, data, data_range=None)
+    assert torch.equal(real.pseudo_inputs, data)
+    with torch.no_grad():
+        real.raw.add_(1.0)
+    assert not torch.equal(real.pseudo_inputs, data), "the data are not written to"
 
 
 def test_gradients_reach_encoder_and_all_pseudo_inputs() -> None:
@@ -133,6 +137,9 @@ def test_components_are_cached_in_eval_mode_and_only_there() -> None:
     with torch.no_grad():
         prior.raw.add_(1.0)
     assert prior() is not second, "the pseudo-inputs have changed"
+    third = prior()
+    guide.encoder.bias.data.mul_(3)
+    assert prior() is not third, "the encoder has changed behind autograd's back"
     prior.double(), guide.double()
     assert prior().mean.dtype == torch.float64
 
@@ -212,6 +219,20 @@ def test_a_prior_of_another_size_than_the_guide_is_refused() -> None:
     pair.model.prior = pv.priors.GaussianMixture(3, 5)
     with pytest.raises(
         ValueError,
-        match=r"different event shapes(.*\n)*.*one latent dimension|cannot take this batch",
+        match=r"different event shapes|the model cannot take this batch",
     ):
         pv.check_pair(*pair, (torch.ones(10, 64),))
+
+
+def test_an_encoder_that_fails_leaves_its_mode() -> None:
+    guide = pv.guides.NormalGuide(pv.networks.MLP(15, 4))
+    prior, _ = _vamp(guide)
+    prior.eval()
+    with pytest.raises(RuntimeError, match="shapes"):
+        prior()
+    assert guide.training and guide.encoder.training
+
+
+def test_a_conditional_normal_wants_pairs_of_features() -> None:
+    with pytest.raises(ValueError, match="wants 2 L features; got 3"):
+        pv.priors.ConditionalNormal(nn.Linear(3, 3))(torch.zeros(2, 3))

@@ -23,7 +23,7 @@ class Table(nn.Module):
         It knows nothing of other data; dynamic binarisation makes every batch other data.
 
     Raises:
-        ValueError: a row that is not in the table, when called.
+        ValueError: a `start` of another width; when called, a row that is not in the table.
 
     References:
         Matthew D. Hoffman, David M. Blei, Chong Wang, John Paisley. *Stochastic Variational
@@ -48,7 +48,12 @@ class Table(nn.Module):
         self.register_buffer("keys", keys)
         self.register_buffer("order", order)
         with torch.no_grad():
-            rows = x.new_zeros(len(x), features) if start is None else start(x)
+            rows = torch.zeros(len(x), features) if start is None else start(x)
+        if rows.shape != (len(x), features):
+            raise ValueError(
+                f"start must give {features} features for each of {len(x)} rows; "
+                f"got {tuple(rows.shape)}"
+            )
         self.parameters_of = nn.Parameter(rows.clone())
 
     def forward(self, x: Tensor) -> Tensor:

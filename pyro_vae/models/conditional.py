@@ -43,7 +43,7 @@ class ConditionalVAE(PairModule):
         self, x: Tensor | None = None, y: Tensor | None = None, *, size: int | None = None
     ) -> Tensor:
         """Score `x` given `y`, or generate one datum for each label: `model(None, y)`."""
-        if y is None:
+        if y is None or size not in (None, len(y)):
             asked = "" if size is None else f" rather than size={size}"
             raise ValueError(f"a conditional model wants labels{asked}: model(x, y), model(None, y)")
         with pyro.plate("data", len(y)):

@@ -70,12 +70,20 @@ class Codebook(nn.Module):
     def start(self, encoded: Tensor, *, seed: int = 0) -> None:
         """Put the vectors on encodings of data, `(N, M C)`, chosen at random."""
         parts = encoded.unflatten(-1, (len(self.log_weights), -1)).flatten(0, 1)
+        if len(parts) < len(self.vectors):
+            raise ValueError(
+                f"{len(self.vectors)} codes want at least as many encodings; got {len(parts)}"
+            )
         generator = torch.Generator().manual_seed(seed)
         self.vectors.copy_(parts[torch.randperm(len(parts), generator=generator)[: len(self.vectors)]])
 
     @torch.no_grad()
     def fit(self, codes: Tensor) -> None:
         """Set the prior to the frequencies of `(N, M)` codes, with half a count added to each."""
+        if codes.dim() != 2 or codes.shape[1] != len(self.log_weights):
+            raise ValueError(
+                f"codes must be (N, {len(self.log_weights)}); got {tuple(codes.shape)}"
+            )
         counts = nn.functional.one_hot(codes, len(self.vectors)).sum(0) + 0.5
         self.log_weights.copy_((counts / counts.sum(-1, keepdim=True)).log())
 

@@ -169,6 +169,8 @@ def fit(
     best = 0
     with preserved_rng(seed), _lean(), tqdm(total=epochs, desc="SVI", disable=not progress) as bar:
         weights = _Weights(loss_of, model, guide, few)
+        if hasattr(objective, "step"):
+            objective.step = 0
         stepper = optimizer(weights.parameters, lr=lr)
         size = full_size(guide, few)
         kept = whole = weights.copy()
@@ -208,12 +210,19 @@ class _Weights:
 
     def __init__(self, loss_of: Loss, model: Model, guide: Guide, batch: Batch) -> None:
         with poutine.trace(param_only=True) as capture:
-            loss_of(*batch)
+            loss = loss_of(*batch)
         sites: Any = capture.trace.nodes.values()
         found = [site["value"].unconstrained() for site in sites]
         self.parameters = list({id(p): p for p in found if p.requires_grad}.values())
         if not self.parameters:
             raise ValueError("nothing to fit: neither model nor guide has a trainable parameter")
+        if strangers := _leaves(loss) - {id(p) for p in self.parameters}:
+            raise ValueError(
+                f"the loss reaches {len(strangers)} trainable tensors of neither model nor guide"
+                "\n  expected: parameters of the pair\n  try:      copy model and guide together, "
+                "deepcopy((model, guide)), where one calls the other; or register the module that "
+                "holds them, or freeze it"
+            )
         modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
         self._tensors = [*self.parameters, *(b for module in modules for b in module.buffers())]
 
@@ -224,6 +233,20 @@ class _Weights:
     def restore(self, copy: list[Tensor]) -> None:
         for tensor, value in zip(self._tensors, copy, strict=True):
             tensor.copy_(value)
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """The identities of the tensors that a gradient of the loss would reach."""
+    found, seen, stack = set(), set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
 
 
 def _sweep(

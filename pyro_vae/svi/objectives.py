@@ -49,7 +49,7 @@ class Objective(Trace_ELBO):
     def differentiable_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
         """Minus the sum over data, with gradients."""
         found = log_densities(model, guide, batch, self.num_particles)
-        return -_common(found, self) * self.per_datum(found).sum()
+        return -_common(found, self) * (self.per_datum(found) - found.factors.mean(0)).sum()
 
     def loss(self, model: Model, guide: Guide, *batch: Any) -> float:
         """Minus the sum over data, without gradients."""
@@ -68,7 +68,7 @@ class Beta(Objective):
 
     Args:
         beta: the weight, at least 0; or a function of the step, counted from 0, such as
-            `warm_up(1000)`.
+            `warm_up(1000)`; `fit` starts the count anew.
         draws: particles for each datum.
 
     Warning:
@@ -156,10 +156,11 @@ class AnalyticELBO(TraceMeanField_ELBO):
             try:
                 kl_divergence(twin["fn"], site["fn"])
             except NotImplementedError as error:
+                kinds = (type(side["fn"]).__name__ for side in (twin, site))
                 raise ValueError(
-                    f"no closed KL is known at site {site['name']!r}\n  expected: Gaussians on "
-                    f"both sides\n  got:      {type(twin['fn']).__name__} against "
-                    f"{type(site['fn']).__name__}\n  try:      Trace_ELBO()"
+                    f"no closed KL is known at site {site['name']!r}"
+                    "\n  expected: two of one family, as NormalGuide and StandardNormal"
+                    f"\n  got:      {' against '.join(kinds)}\n  try:      Trace_ELBO()"
                 ) from error
         return traces
 
@@ -206,7 +207,7 @@ class FreeBits(Objective):
                 for site in latent_sites(guide_trace)
             ]
         )
-        reconstruction = found.likelihood.mean(0).sum()
+        reconstruction = (found.likelihood - found.factors).mean(0).sum()
         return scale * (rows * kl.clamp_min(self.nats).sum() - reconstruction)
 
 
@@ -256,7 +257,7 @@ class DReG(IWAE):
         draws: `S`.
 
     Raises:
-        ValueError: a guide that is not reparameterized.
+        ValueError: a guide that is not reparameterized, or has more than one latent site.
 
     References:
         George Tucker, Dieterich Lawson, Shixiang Gu, Chris J. Maddison. *Doubly
@@ -273,7 +274,14 @@ class DReG(IWAE):
     def differentiable_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
         """Minus the sum over data; its value is `IWAE`'s, its gradient as above."""
         model_trace, guide_trace = trace_pair(model, guide, batch, self.num_particles)
-        for site in latent_sites(guide_trace):
+        sites = latent_sites(guide_trace)
+        if len(sites) > 1:
+            raise ValueError(
+                "DReG is biased for a guide of several latent sites: the lower ones depend on the "
+                f"upper\n  expected: one latent site\n  got:      {[s['name'] for s in sites]}"
+                "\n  try:      IWAE(draws)"
+            )
+        for site in sites:
             site["fn"] = detach(site["fn"])
         found = densities(model_trace, guide_trace, (self.num_particles, len(batch[0])))
         normalized = found.log_weight.detach().softmax(0)
@@ -284,7 +292,8 @@ class DReG(IWAE):
                 z.register_hook(lambda gradient: gradient * _broadcast(normalized, gradient))
         surrogate = (normalized * found.log_weight).sum(0)
         value = self.per_datum(found).detach()
-        return -_common(found, self) * (surrogate + (value - surrogate).detach()).sum()
+        bound = surrogate + (value - surrogate).detach()
+        return -_common(found, self) * (bound - found.factors.mean(0)).sum()
 
 
 class ScoreFunctionELBO(Objective):
@@ -364,6 +373,8 @@ def _broadcast(weight: Tensor, like: Tensor) -> Tensor:
 
 def _kl_terms(prior: Any, guide: Any) -> Tensor:
     """Log q − log p of each coordinate if both factorise, else of the site; `(S, B, L or 1)`."""
+    if guide["mask"] is not None or prior["mask"] is not None:
+        raise ValueError("FreeBits knows no masks\n  try:      Trace_ELBO()")
     value, sides = guide["value"], (guide["fn"], prior["fn"])
     if all(isinstance(side, Independent) for side in sides):
         log_q, log_p = (side.base_dist.log_prob(value) for side in sides)
