@@ -138,7 +138,7 @@ def check_pair(model: Model, guide: Guide, batch: Batch) -> None:
         for name, site in model_sites.items():
             _check_plate(site, "model", len(few[0]))
             _check_event(site, guide_sites[name])
-        _check_observation(model, model_trace, batch)
+        _check_observation(model_trace, batch)
         for side, program, trace in (("model", model, model_trace), ("guide", guide, guide_trace)):
             _check_parameters(side, program, trace)
         _check_draws(model, guide, few)
@@ -168,7 +168,7 @@ def check_model(model: Model, batch: Batch) -> None:
         trace = _traced("model", model, few)
         for site in latent_sites(trace):
             _check_plate(site, "model", len(few[0]))
-        _check_observation(model, trace, batch)
+        _check_observation(trace, batch)
 
 
 def check_support(distribution: Any, x: Tensor) -> None:
@@ -208,7 +208,7 @@ def check_support(distribution: Any, x: Tensor) -> None:
         )
 
 
-def _check_observation(model: Model, trace: poutine.Trace, batch: Batch) -> None:
+def _check_observation(trace: poutine.Trace, batch: Batch) -> None:
     site = next((site for site in observed_sites(trace) if site["name"] == "x"), None)
     if site is None:
         refuse(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
+from pyro_vae import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def _seed(text: str) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     start = time.perf_counter()
-    from .demo import demo
+    from pyro_vae.demo import demo
 
     run, verdict = demo(
         options.out, epochs=options.epochs, digits=options.digits, witnesses=options.witnesses,

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .checks import check_batch, refuse
-from .pair import Batch
+from pyro_vae.checks import check_batch, refuse
+from pyro_vae.pair import Batch
 
 Binarize = Callable[[Tensor], Tensor]
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}

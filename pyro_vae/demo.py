@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from . import __version__, data, guides, likelihoods, models, networks, plots, priors
-from .pair import preserved_rng
-from .svi import Run, fit
-from .svi.checkpoint import save_weights
-from .verdict import Verdict, compare
+from pyro_vae import __version__, data, guides, likelihoods, models, networks, plots, priors
+from pyro_vae.pair import preserved_rng
+from pyro_vae.svi import Run, fit
+from pyro_vae.svi.checkpoint import save_weights
+from pyro_vae.verdict import Verdict, compare
 
 
 def demo(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from .networks import positive, raw_positive
+from pyro_vae.networks import positive, raw_positive
 
 
 class Bernoulli(nn.Module):

@@ -14,12 +14,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse, Patch
 from torch import Tensor
 
-from .pair import Model, observation
-from .posterior.draws import Draws
-from .posterior.quadrature import Quadrature
+from pyro_vae.pair import Model, observation
+from pyro_vae.posterior.draws import Draws
+from pyro_vae.posterior.quadrature import Quadrature
 
 if TYPE_CHECKING:
-    from .svi.fit import Run
+    from pyro_vae.svi.fit import Run
 
 GUIDE, MCMC, DENSITY = "#d1495b", "#22223b", "Blues"
 

@@ -246,9 +246,7 @@ def test_dreg_has_the_gradient_of_iwae_with_less_variance() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_the_score_function_has_the_gradient_of_the_elbo_with_far_more_variance(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_score_function_has_the_gradient_of_the_elbo_with_far_more_variance() -> None:
     model, guide, x = _fixture()
     rows = {
         name: gradients(objective, model, guide, (x,), repeats=800)

@@ -9,8 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..networks import positive
-from ..pair import PairModule
+from pyro_vae.networks import positive
+from pyro_vae.pair import PairModule
 
 
 class AbstractAmortizedGuide(PairModule):

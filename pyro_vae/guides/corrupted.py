@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.guides.amortized import AbstractAmortizedGuide
-from pyro_vae.pair import (PairModule)
+from pyro_vae.pair import PairModule
 
 Corruption = Callable[[Tensor], Tensor]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 from pyro_vae.flows import FlowDistribution, spline_flow
@@ -37,6 +36,7 @@ class FlowGuide(AbstractAmortizedGuide):
         Flows*, 2019.
 
     Example:
+        >>> import torch
         >>> guide = FlowGuide(nn.Linear(64, FlowGuide.features(2)), 2)
         >>> guide.posterior(torch.zeros(5, 64)).rsample().shape
         torch.Size([5, 2])

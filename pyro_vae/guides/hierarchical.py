@@ -7,7 +7,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyro_vae.guides.amortized import NormalGuide
-from pyro_vae.pair import (PairModule)
+from pyro_vae.pair import PairModule
 
 
 class HierarchicalGuide(PairModule):

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyro_vae.pair import (PairModule)
+from pyro_vae.pair import PairModule
 
 
 class QuantizedGuide(PairModule):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.guides.amortized import AbstractAmortizedGuide
 from pyro_vae.log_joint import LogJoint
-from pyro_vae.pair import (Model, PairModule, frozen, preserved_rng)
+from pyro_vae.pair import Model, PairModule, frozen, preserved_rng
 
 
 class RefinedGuide(PairModule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro
 from torch import Tensor, nn
 
-from pyro_vae.pair import (PairModule)
+from pyro_vae.pair import PairModule
 
 
 class ConditionalVAE(PairModule):
@@ -45,7 +45,9 @@ class ConditionalVAE(PairModule):
         """Score `x` given `y`, or generate one datum for each label: `model(None, y)`."""
         if y is None or size not in (None, len(y)):
             asked = "" if size is None else f" rather than size={size}"
-            raise ValueError(f"a conditional model wants labels{asked}: model(x, y), model(None, y)")
+            raise ValueError(
+                f"a conditional model wants labels{asked}: model(x, y), model(None, y)"
+            )
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", self.prior(y))
             return pyro.sample("x", self.likelihood(self.decoder(z, y)), obs=x)

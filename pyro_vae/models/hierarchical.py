@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro
 from torch import Tensor, nn
 
-from pyro_vae.pair import (PairModule, plate_size)
+from pyro_vae.pair import PairModule, plate_size
 
 
 class HierarchicalVAE(PairModule):
@@ -36,7 +36,12 @@ class HierarchicalVAE(PairModule):
     """
 
     def __init__(
-        self, decoder: nn.Module, *, prior: nn.Module, conditional: nn.Module, likelihood: nn.Module
+        self,
+        decoder: nn.Module,
+        *,
+        prior: nn.Module,
+        conditional: nn.Module,
+        likelihood: nn.Module,
     ) -> None:
         super().__init__()
         self.decoder = decoder

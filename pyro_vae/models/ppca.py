@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import check_batch
 from pyro_vae.networks import positive, raw_positive
-from pyro_vae.pair import (PairModule, plate_size)
+from pyro_vae.pair import PairModule, plate_size
 
 
 class PPCA(PairModule):
@@ -125,7 +125,12 @@ class PPCA(PairModule):
 
     @classmethod
     def expectation_maximization(
-        cls, x: Tensor, latent_dim: int, *, iterations: int = 1000, tolerance: float = 1e-9,
+        cls,
+        x: Tensor,
+        latent_dim: int,
+        *,
+        iterations: int = 1000,
+        tolerance: float = 1e-9,
         seed: int = 0,
     ) -> EMResult:
         """The optimum by EM, which climbs log p(x) at every step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro
 from torch import Tensor, nn
 
-from ..pair import PairModule, plate_size
+from pyro_vae.pair import PairModule, plate_size
 
 
 class VAE(PairModule):
@@ -26,7 +26,8 @@ class VAE(PairModule):
     Example:
         >>> from pyro_vae import likelihoods, networks, priors
         >>> decoder = networks.MLP(2, 32, 64)
-        >>> model = VAE(decoder, prior=priors.StandardNormal(2), likelihood=likelihoods.Bernoulli())
+        >>> prior, likelihood = priors.StandardNormal(2), likelihoods.Bernoulli()
+        >>> model = VAE(decoder, prior=prior, likelihood=likelihood)
         >>> model(None, size=5).shape
         torch.Size([5, 64])
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae.pair import (PairModule, plate_size)
+from pyro_vae.pair import PairModule, plate_size
 
 
 class Codebook(nn.Module):
@@ -75,7 +75,9 @@ class Codebook(nn.Module):
                 f"{len(self.vectors)} codes want at least as many encodings; got {len(parts)}"
             )
         generator = torch.Generator().manual_seed(seed)
-        self.vectors.copy_(parts[torch.randperm(len(parts), generator=generator)[: len(self.vectors)]])
+        self.vectors.copy_(
+            parts[torch.randperm(len(parts), generator=generator)[: len(self.vectors)]]
+        )
 
     @torch.no_grad()
     def fit(self, codes: Tensor) -> None:
@@ -96,7 +98,9 @@ class CodeDistribution(dist.TorchDistribution):
     def __init__(self, codebook: Codebook, batch_shape: Any = ()) -> None:
         self.codebook = codebook
         positions, (_, width) = len(codebook.log_weights), codebook.vectors.shape
-        super().__init__(torch.Size(batch_shape), torch.Size([positions * width]), validate_args=False)
+        super().__init__(
+            torch.Size(batch_shape), torch.Size([positions * width]), validate_args=False
+        )
 
     @property
     def support(self) -> Any:
@@ -152,7 +156,8 @@ class VectorQuantizedVAE(PairModule):
     Example:
         >>> import pyro_vae as pv
         >>> codebook = Codebook(codes=16, width=4, positions=2)
-        >>> model = VectorQuantizedVAE(pv.networks.MLP(8, 64), codebook, pv.likelihoods.Bernoulli())
+        >>> decoder, likelihood = pv.networks.MLP(8, 64), pv.likelihoods.Bernoulli()
+        >>> model = VectorQuantizedVAE(decoder, codebook, likelihood)
         >>> model(None, size=5).shape
         torch.Size([5, 64])
     """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import convergence
+from pyro_vae.posterior import convergence
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from tqdm import tqdm
 from pyro_vae.checks import check_model
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import Batch, Model, frozen, full_size, preserved_rng
-
-from .draws import Draws
+from pyro_vae.posterior.draws import Draws
 
 
 def nuts(

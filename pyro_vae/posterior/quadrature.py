@@ -11,8 +11,7 @@ from torch import Tensor
 from pyro_vae.checks import check_model
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import Batch, Model, evaluating, preserved_rng
-
-from .draws import Draws
+from pyro_vae.posterior.draws import Draws
 
 NODES = {1: (129, 128), 2: (41, 48), 3: (17, 24)}
 """By `L`: nodes a side while the grid is being placed, and at its first evaluation."""

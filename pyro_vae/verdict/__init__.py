@@ -1,7 +1,7 @@
 """How far a guide is from the posterior, datum by datum, and why."""
 
-from .bounds import Bounds as Bounds
-from .bounds import bounds as bounds
-from .compare import Limits as Limits
-from .compare import Verdict as Verdict
-from .compare import compare as compare
+from pyro_vae.verdict.bounds import Bounds as Bounds
+from pyro_vae.verdict.bounds import bounds as bounds
+from pyro_vae.verdict.compare import Limits as Limits
+from pyro_vae.verdict.compare import Verdict as Verdict
+from pyro_vae.verdict.compare import compare as compare

@@ -15,8 +15,7 @@ from pyro_vae import posterior
 from pyro_vae.checks import check_pair
 from pyro_vae.pair import Batch, Guide, Model, observation
 from pyro_vae.posterior import Draws, Quadrature
-
-from .bounds import Bounds, bounds
+from pyro_vae.verdict.bounds import Bounds, bounds
 
 if TYPE_CHECKING:
     import pandas as pd
