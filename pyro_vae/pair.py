@@ -176,6 +176,35 @@ def observation(model: Model, latents: Mapping[str, Tensor], batch: Batch | None
     return trace.nodes["x"]["fn"]
 
 
+def simulate(model: Model, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+    """Draw z* ~ p(z) and x ~ p(x | z*): one simulated datum for each row of the batch.
+
+    The batch gives the number of rows and what else the model is called with, such as labels;
+    its `x` is replaced. z* is then an exact draw from p(z | x).
+
+    Args:
+        model: p(z) p(x | z).
+        batch: tensors of `B` rows.
+
+    Returns:
+        The latents, each `(B, *event)`, and the batch with simulated `x`.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(5.0, 0.1))
+        ...         pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+        >>> latents, (x,) = simulate(model, (torch.zeros(3),))
+        >>> bool(((x - latents["z"]).abs() < 1).all())
+        True
+    """
+    with evaluating(model), torch.no_grad():
+        trace = poutine.trace(model).get_trace(*batch)
+        x = trace.nodes["x"]["fn"].sample().to(batch[0].dtype)
+    return {site["name"]: site["value"] for site in latent_sites(trace)}, (x, *batch[1:])
+
+
 def full_size(program: Model | Guide, batch: Batch) -> int | None:
     """`N` of a plate `"data"` that subsamples; `None` if the plate is as long as the batch.
 
