@@ -12,6 +12,7 @@ from torch.distributions import biject_to
 
 from pyro_vae.pair import (
     Batch,
+    Guide,
     Model,
     all_sites,
     latent_sites,
@@ -77,13 +78,20 @@ class LogJoint:
 
     def __call__(self, unconstrained: Tensor) -> Tensor:
         """Score `(S, B, L)` unconstrained latents; returns `(S, B)` nats."""
+        log_prior, log_likelihood = self.parts(unconstrained)
+        return log_prior + log_likelihood
+
+    def parts(self, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
+        """Log p(z(u)) |∂z/∂u|, which integrates to 1, and log p(x | z(u)); `(S, B)` nats each."""
         latents, log_jacobian = self.constrain(unconstrained)
-        return self._score(latents, tuple(unconstrained.shape[:-1])) + log_jacobian
+        log_prior, log_likelihood = self._score(latents, tuple(unconstrained.shape[:-1]))
+        return log_prior + log_jacobian, log_likelihood
 
     def of_latent(self, z: Tensor) -> Tensor:
         """Log p(x, z) at `(S, B, *event)` values of a single latent site, `(S, B)` nats."""
         (name,) = self.transforms
-        return self._score({name: z}, tuple(z.shape[:2]))
+        log_prior, log_likelihood = self._score({name: z}, tuple(z.shape[:2]))
+        return log_prior + log_likelihood
 
     def rows(self, index: Tensor | slice) -> LogJoint:
         """The same target for some rows of the batch."""
@@ -105,10 +113,20 @@ class LogJoint:
             drawn = poutine.trace(with_draws(self.model, draws)).get_trace(*self.batch)
         return self.unconstrain({site["name"]: site["value"] for site in latent_sites(drawn)})
 
-    def _score(self, latents: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    def guide_draws(self, guide: Guide, draws: int) -> Tensor:
+        """Sample q(z | x) of each datum; `(S, B, L)` unconstrained values."""
+        with torch.no_grad():
+            drawn = poutine.trace(with_draws(guide, draws)).get_trace(*self.batch)
+        return self.unconstrain({name: drawn.nodes[name]["value"] for name in self.transforms})
+
+    def _score(
+        self, latents: dict[str, Tensor], shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
         conditioned = poutine.condition(self.model, data=latents)
-        trace = poutine.trace(conditioned).get_trace(*self.batch)
-        return log_prob_of(all_sites(trace), shape)
+        sites = all_sites(poutine.trace(conditioned).get_trace(*self.batch))
+        latent = [site for site in sites if site["name"] in self.transforms]
+        observed = [site for site in sites if site["name"] not in self.transforms]
+        return log_prob_of(latent, shape), log_prob_of(observed, shape)
 
     def split(self, unconstrained: Tensor) -> dict[str, Tensor]:
         """Unstack `(S, B, L)` into the unconstrained value of each site, `(S, B, *event)`."""

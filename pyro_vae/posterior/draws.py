@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ class Draws:
         sites: each latent site, `(C, S, B, *event)`: chains, draws, data.
         stats: sampler statistics, each `(C, S, B)`, named as ArviZ names them.
         method: what drew them.
+        figures: what the sampler settled on and spent for each datum, each `(B,)`.
+        superchains: groups of chains that share their start, judged by nested R-hat.
 
     Example:
         >>> draws = Draws({"z": torch.randn(4, 100, 3, 2)}, method="example")
@@ -32,6 +34,8 @@ class Draws:
     sites: Mapping[str, Tensor]
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     method: str = ""
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
+    superchains: int | None = None
 
     def __getitem__(self, site: str) -> Tensor:
         return self.sites[site]
@@ -45,17 +49,20 @@ class Draws:
     @property
     def mean(self) -> Tensor:
         """Posterior mean, `(B, L)`."""
-        return self.flat.mean(0)
+        return self._by_site(lambda value: value.flatten(0, 1).mean(0))
 
     @property
     def sd(self) -> Tensor:
         """Posterior standard deviation, `(B, L)`."""
-        return self.flat.std(0)
+        return self._by_site(lambda value: value.flatten(0, 1).std(0))
 
     @cached_property
     def rhat(self) -> dict[str, Tensor]:
-        """Rank-normalised split R-hat of each scalar, `(B, *event)` by site."""
-        return {name: convergence.rhat(value) for name, value in self.sites.items()}
+        """Rank-normalised R-hat of each scalar, split or nested, `(B, *event)` by site."""
+        return {
+            name: convergence.rhat(value, superchains=self.superchains)
+            for name, value in self.sites.items()
+        }
 
     @cached_property
     def ess(self) -> dict[str, Tensor]:
@@ -63,9 +70,44 @@ class Draws:
         return {name: convergence.ess(value) for name, value in self.sites.items()}
 
     @cached_property
+    def ess_tail(self) -> dict[str, Tensor]:
+        """Tail effective sample size of each scalar, `(B, *event)` by site."""
+        return {name: convergence.ess_tail(value) for name, value in self.sites.items()}
+
+    @cached_property
     def mcse(self) -> dict[str, Tensor]:
         """Monte Carlo standard error of each mean, `(B, *event)` by site."""
         return {name: convergence.mcse_mean(value) for name, value in self.sites.items()}
+
+    @cached_property
+    def trouble(self) -> list[str]:
+        """Why the draws of a datum are not to be averaged; empty where they are.
+
+        R-hat at most 1.01, bulk and tail ESS at least 400 (100 a chain in four), less than 1 %
+        of the draws diverging, and finite. With groups of chains R-hat alone is asked.
+
+        References:
+            Aki Vehtari, Andrew Gelman, Daniel Simpson, Bob Carpenter, Paul-Christian Bürkner.
+            *Rank-Normalization, Folding, and Localization: An Improved R-hat*, 2021.
+        """
+        count = next(iter(self.sites.values())).shape[2]
+        finite = self._by_site(lambda v: torch.isfinite(v).flatten(0, 1).all(0)).bool().all(1)
+        still = self._by_site(lambda v: (v == v[:1, :1]).flatten(0, 1).all(0)).bool().any(1)
+        reasons = {
+            "no likelihood anywhere": ~finite,
+            "chains never moved": finite & still,
+            "R-hat above 1.01": finite & ~still & ~(_worst(self.rhat, torch.amax) <= 1.01),
+        }
+        if self.superchains is None:
+            size = torch.minimum(_worst(self.ess, torch.amin), _worst(self.ess_tail, torch.amin))
+            reasons["ESS below 400"] = finite & ~still & ~(size >= 400)
+        if "diverging" in self.stats:
+            share = self.stats["diverging"].float().mean((0, 1))
+            reasons["diverging"] = share >= 0.01
+        return [
+            ", ".join(reason for reason, holds in reasons.items() if holds[b])
+            for b in range(count)
+        ]
 
     def to_arviz(self) -> Any:
         """An `InferenceData` (ArviZ 0.23) or a `DataTree` (ArviZ 1): the same groups and dims.
@@ -88,6 +130,10 @@ class Draws:
             return tree
         return arviz.from_dict(**groups, dims=dims, attrs=attributes)
 
+    def _by_site(self, figure: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = [figure(value) for value in self.sites.values()]
+        return torch.cat([part.reshape(len(part), -1) for part in parts], dim=-1)
+
     def _dims(self, site: str) -> list[str]:
         event = self.sites[site].dim() - 3
         latent = "latent" if len(self.sites) == 1 else f"{site}_latent"
@@ -96,3 +142,10 @@ class Draws:
     def save(self, path: str | Path) -> None:
         """Write NetCDF, which either major of ArviZ opens: `arviz.from_netcdf(path)`."""
         self.to_arviz().to_netcdf(str(path))
+
+
+def _worst(figures: Mapping[str, Tensor], extreme: Callable[..., Tensor]) -> Tensor:
+    """The largest or smallest over all scalars of each datum, `(B,)`; NaN is the worst."""
+    return extreme(
+        torch.cat([part.reshape(len(part), -1) for part in figures.values()], -1), dim=-1
+    )

@@ -1,0 +1,197 @@
+"""The path from what can be drawn, prior and guide, to the posterior, and a cloud along it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae.log_joint import LogJoint
+from pyro_vae.pair import Guide
+from pyro_vae.posterior.kernels import State, hamiltonian
+from pyro_vae.posterior.mixture import Mixture, weighted_moments
+
+LEAPFROG = 5
+"""Most leapfrog steps of a move; each move draws its number from 1 on."""
+ACCEPTANCE = 0.8
+"""What step sizes are tuned to."""
+
+
+class Base:
+    r"""Where the path starts: half the prior, half a Gaussian 1.5 times as wide as the guide.
+
+    Both halves can be drawn and scored for any pair: of the guide only draws are asked. The
+    prior's half reaches what the guide has missed; without a guide it is all.
+    """
+
+    def __init__(self, target: LogJoint, guide: Guide | None) -> None:
+        self.target = target
+        self.normal = None
+        if guide is not None:
+            drawn = target.guide_draws(guide, max(100, 4 * target.size))
+            even = torch.ones(drawn.shape[:2]).to(drawn)
+            mean, covariance = weighted_moments(drawn, even)
+            prior_scale = target.prior_draws(32).std(0).amax(-1, keepdim=True)
+            ridge = torch.diag_embed((0.02 * prior_scale).square().expand_as(mean))
+            factor = 1.5 * torch.linalg.cholesky(covariance + ridge)
+            self.normal = Mixture(even[:1].T.log(), mean.unsqueeze(1), factor.unsqueeze(1))
+
+    def sample(self, draws: int) -> Tensor:
+        """Draw `(S, B, L)`, the first half from the prior."""
+        if self.normal is None:
+            return self.target.prior_draws(draws)
+        from_prior = self.target.prior_draws(max(1, draws // 2))
+        return torch.cat([from_prior, self.normal.sample(draws - len(from_prior))])
+
+    def log_prob(self, u: Tensor, log_prior: Tensor) -> Tensor:
+        """Log density at `(S, B, L)`, given the prior's there; `(S, B)` nats."""
+        if self.normal is None:
+            return log_prior
+        return torch.logaddexp(log_prior, self.normal.log_prob(u)) - math.log(2)
+
+    def rows(self, index: Tensor) -> Base:
+        """The start of the path for some data."""
+        part = Base(self.target.rows(index), None)
+        part.normal = None if self.normal is None else self.normal.rows(index)
+        return part
+
+
+@dataclass
+class Bridge:
+    r"""The densities between: $\log \pi_\beta = (1 - \beta) \log b + \beta \log p(x, z)$."""
+
+    base: Base
+    beta: Tensor
+    """`(B,)`"""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Score `(S, B, L)`, `(S, B)` nats."""
+        return _mixed(*ends(self.base, u), self.beta)
+
+
+def ends(base: Base, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Log densities of both ends of the path at `(S, B, L)`, `(S, B)` nats each."""
+    log_prior, log_likelihood = base.target.parts(u)
+    return base.log_prob(u, log_prior), log_prior + log_likelihood
+
+
+class Rung(NamedTuple):
+    """One step of a path, tuned."""
+
+    beta: Tensor
+    """`(B,)`, 0 to 1"""
+    step_size: Tensor
+    """`(B,)`"""
+    metric: Tensor
+    """a factor of the cloud's covariance, `(B, L, L)`"""
+
+
+class Cloud(NamedTuple):
+    """Particles that have come to the posterior, and the path they took."""
+
+    position: Tensor
+    """`(P, B, L)`, equally weighted"""
+    rungs: list[Rung]
+    """from β > 0 on; data that are there already repeat their last"""
+    possible: Tensor
+    """`(B,)`; no particle of the others had a likelihood"""
+    gradients: int
+    """evaluations for each particle"""
+
+
+def explore(base: Base, particles: int, *, threshold: float = 0.5, moves: int = 1) -> Cloud:
+    r"""Take particles from the base to the posterior by adaptive sequential Monte Carlo.
+
+    Each datum steps to the next β at which its weights
+    $w = (p(x, z) / b(z))^{\Delta\beta}$ keep an effective size of `threshold`; particles are
+    resampled by weight and moved by Hamiltonian Monte Carlo with the cloud's own covariance.
+    Step sizes follow the acceptance.
+
+    References:
+        Pierre Del Moral, Arnaud Doucet, Ajay Jasra. *Sequential Monte Carlo Samplers*, 2006.
+    """
+    with torch.no_grad():
+        u = base.sample(particles)
+        log_base, log_joint = (_finite(end) for end in ends(base, u))
+    rows, size = u.shape[1:]
+    beta = u.new_zeros(rows)
+    step_size = u.new_full((rows,), 1.0 / size**0.25)
+    possible = torch.isfinite(log_joint).any(0)
+    rungs: list[Rung] = []
+    metric = torch.eye(size).to(u).expand(rows, -1, -1)
+    gradients = 0
+    while bool((beta[possible] < 1).any()) and len(rungs) < 10_000:
+        log_ratio = log_joint - log_base
+        index = torch.nonzero(possible & (beta < 1)).flatten()
+        change = _next(log_ratio[:, index], 1 - beta[index], threshold)
+        weight = (change * log_ratio[:, index]).softmax(0)
+        beta[index] = torch.where(change >= 1 - beta[index], 1.0, beta[index] + change)
+        chosen = _systematic(weight)
+        here = u[:, index].gather(0, chosen.unsqueeze(-1).expand(-1, -1, size))
+        log_base_here = log_base[:, index].gather(0, chosen)
+        log_joint_here = log_joint[:, index].gather(0, chosen)
+        metric = metric.clone()
+        metric[index] = _factor(here)
+        bridge = Bridge(base.rows(index), beta[index])
+        state = State(here, _mixed(log_base_here, log_joint_here, beta[index]))
+        for _ in range(moves):
+            steps = int(torch.randint(1, LEAPFROG + 1, ()))
+            gradients += steps + 1
+            state, acceptance, _ = hamiltonian(
+                bridge, state, step_size[index], metric[index], steps
+            )
+            step_size[index] *= (1.5 * (acceptance.mean(0) - ACCEPTANCE)).exp().clamp(0.3, 1.5)
+        u[:, index] = state.position
+        with torch.no_grad():
+            both = ends(bridge.base, state.position)
+        log_base[:, index], log_joint[:, index] = (_finite(end) for end in both)
+        rungs.append(Rung(beta.clone(), step_size.clone(), metric))
+    return Cloud(u, rungs, possible, gradients)
+
+
+def _next(log_ratio: Tensor, room: Tensor, threshold: float) -> Tensor:
+    """The largest Δβ, up to `room`, that keeps the effective size; by bisection, `(B,)`."""
+    low, high = torch.zeros_like(room), room.clone()
+    shifted = log_ratio - log_ratio.max(0).values
+    count = torch.isfinite(shifted).sum(0).to(room)
+
+    def enough(change: Tensor) -> Tensor:
+        weight = torch.where(torch.isfinite(shifted), (change * shifted).exp(), 0.0)
+        return weight.sum(0).square() / weight.square().sum(0) >= threshold * count
+
+    done = enough(high)
+    for _ in range(30):
+        middle = (low + high) / 2
+        good = enough(middle)
+        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+    return torch.where(done, room, low.clamp_min(1e-6)).minimum(room)
+
+
+def _systematic(weight: Tensor) -> Tensor:
+    """Indices `(P, B)` of particles resampled by weight with one random number a datum."""
+    count = len(weight)
+    places = (torch.arange(count).to(weight) + torch.rand(weight.shape[1], 1).to(weight)) / count
+    upto = weight.T.double().cumsum(1)
+    chosen = torch.searchsorted(upto / upto[:, -1:], places.double())
+    return chosen.clamp_max(count - 1).T
+
+
+def _factor(u: Tensor) -> Tensor:
+    """Cholesky factor of the covariance of `(P, B, L)`, shrunk to its diagonal if `P` is small."""
+    count, _, size = u.shape
+    _, covariance = weighted_moments(u, torch.ones(u.shape[:2]).to(u))
+    diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
+    shrunk = torch.lerp(covariance, diagonal, min(1.0, 2 * size / count))
+    floor = 1e-12 + 1e-6 * diagonal.amax((-2, -1), keepdim=True)
+    return torch.linalg.cholesky(shrunk + floor * torch.eye(size).to(u))
+
+
+def _mixed(log_base: Tensor, log_joint: Tensor, beta: Tensor) -> Tensor:
+    return torch.where(beta < 1, torch.lerp(log_base, log_joint, beta), log_joint)
+
+
+def _finite(log_density: Tensor) -> Tensor:
+    return torch.nan_to_num(log_density, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
