@@ -21,9 +21,12 @@ lint: $(READY)
 notebooks: $(READY)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
+COMPILE := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url --no-annotate --extra flows pyproject.toml
+
 lock: $(READY)
-	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-emit-index-url --no-annotate --group dev --all-extras pyproject.toml -o requirements.lock
+	$(COMPILE) --group dev -o requirements.lock
+	$(COMPILE) --extra bench --constraint requirements.lock -o benchmarks/requirements.lock
 
 $(READY): requirements.lock bootstrap.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyro_vae needs Python 3.11 or newer: make PYTHON=python3.12")'
