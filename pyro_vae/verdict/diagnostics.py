@@ -1,0 +1,560 @@
+"""What a pair has learned as a whole: units, rate, the aggregate posterior, and its holes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_vae.checks import check_batch, check_pair, refuse
+from pyro_vae.pair import (
+    Batch,
+    Guide,
+    Model,
+    evaluating,
+    latent_sites,
+    log_prob_of,
+    observation,
+    observed_sites,
+    preserved_rng,
+    trace_pair,
+    with_draws,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LINES, STEPS = 100, 64
+"""Straight lines that decoder jumps are looked for on, and steps of each."""
+
+
+class Estimate(NamedTuple):
+    """A Monte Carlo figure and its standard error, both of one shape, float64."""
+
+    value: Tensor
+    se: Tensor
+
+
+@dataclass(frozen=True)
+class Surgery:
+    r"""Where the rate goes, in nats per datum; scalars.
+
+    $$R = I_q(n; z) + \mathrm{KL}(\bar q\|p), \qquad
+      \mathrm{KL}(\bar q\|p) = \mathrm{TC}(\bar q) + \sum_d \mathrm{KL}(\bar q(z_d)\|p(z_d))$$
+
+    Attributes:
+        mutual_information: $I_q(n; z)$ of the index of a row and its code, in [0, log N].
+        marginal_kl: $\mathrm{KL}(\bar q\|p)$, what a better prior would save; `None` where
+            the prior differs from row to row.
+        total_correlation: $\mathrm{KL}(\bar q\|\prod_d \bar q(z_d))$; `None` unless guide and
+            prior have one latent site that is a product over its scalars.
+        dimension_kl: $\sum_d \mathrm{KL}(\bar q(z_d)\|p(z_d))$, defined where both are.
+    """
+
+    mutual_information: Estimate
+    marginal_kl: Estimate | None
+    total_correlation: Estimate | None
+    dimension_kl: Estimate | None
+
+
+@dataclass(frozen=True)
+class Units:
+    r"""The latent scalars, all sites side by side, `(L,)` each.
+
+    Attributes:
+        names: such as `"z[0]"`.
+        variance: $\mathrm{Var}_x(\mathbb E_q[z_d \mid x])$ over the rows.
+        kl: mean KL(q(z_d | x)‖p(z_d)), nats; `None` unless guide and prior are products.
+        marginal_kl: $\mathrm{KL}(\bar q(z_d)\|p(z_d))$, nats, defined where `dimension_kl` is.
+        mean: of the aggregate posterior.
+        sd: of the aggregate posterior.
+        prior_mean: of draws from the prior.
+        prior_sd: of draws from the prior.
+        threshold: what `active` and `collapsed` compare with.
+    """
+
+    names: tuple[str, ...]
+    variance: Estimate
+    kl: Estimate | None
+    marginal_kl: Estimate | None
+    mean: Estimate
+    sd: Estimate
+    prior_mean: Estimate
+    prior_sd: Estimate
+    threshold: float
+
+    @property
+    def active(self) -> Tensor:
+        """Where `variance` is above the threshold by more than two standard errors."""
+        return self.variance.value - 2 * self.variance.se > self.threshold
+
+    @property
+    def collapsed(self) -> Tensor | None:
+        """Inactive, with a KL within two standard errors of the threshold; `None` without KL.
+
+        A unit that is neither has a posterior that differs from the prior, alike for all rows.
+        """
+        if self.kl is None:
+            return None
+        return ~self.active & (self.kl.value - 2 * self.kl.se < self.threshold)
+
+
+@dataclass(frozen=True)
+class Holes:
+    """Where the decoder is asked for what it has not learned.
+
+    Attributes:
+        thin_mass: share of the prior's mass where the aggregate posterior is thin; `None`
+            where the prior differs from row to row.
+        jumps: on each line between two prior draws, the decoder mean's largest speed per unit
+            of z over the median speed of all lines; `None` where p(x | z) has no mean. A few
+            for a smooth decoder whatever the step, inf for a step function.
+    """
+
+    thin_mass: Estimate | None
+    jumps: Tensor | None
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What `diagnose` found, in nats per datum over all `N` rows.
+
+    Attributes:
+        rate: R, the mean of KL(q(z | x)‖p(z)).
+        distortion: D, minus the mean of E_q log p(x | z).
+        elbo: −(R + D).
+        surgery: what the rate consists of.
+        units: each latent scalar.
+        holes: of the prior under the aggregate posterior, and of the decoder.
+    """
+
+    rate: Estimate
+    distortion: Estimate
+    elbo: Estimate
+    surgery: Surgery
+    units: Units
+    holes: Holes
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row a latent scalar; columns of what is not defined are left out."""
+        import pandas as pd
+
+        units = self.units
+        columns: dict[str, Any] = {}
+        for name in ("variance", "kl", "marginal_kl", "mean", "sd", "prior_mean", "prior_sd"):
+            if (estimate := getattr(units, name)) is not None:
+                columns[name], columns[f"{name}_se"] = (part.numpy() for part in estimate)
+        columns["active"] = units.active.numpy()
+        if units.collapsed is not None:
+            columns["collapsed"] = units.collapsed.numpy()
+        return pd.DataFrame(columns, index=pd.Index(units.names, name="unit"))
+
+    def summary(self) -> pd.DataFrame:
+        """A row a figure of the whole: `value` and `se`, both missing where not defined.
+
+        The `jumps` are quantiles over lines; their largest has no standard error.
+        """
+        import pandas as pd
+
+        jumps = self.holes.jumps
+        figures = {
+            "rate": self.rate,
+            "distortion": self.distortion,
+            "elbo": self.elbo,
+            **vars(self.surgery),
+            "thin_mass": self.holes.thin_mass,
+            "jumps_median": None if jumps is None else _quantile(jumps, 0.5),
+            "jumps_90%": None if jumps is None else _quantile(jumps, 0.9),
+        }
+        rows = {
+            name: [math.nan] * 2 if figure is None else [part.item() for part in figure]
+            for name, figure in figures.items()
+        }
+        rows["jumps_max"] = [math.nan if jumps is None else jumps.max().item(), math.nan]
+        rows["active_units"] = [self.units.active.sum().item(), math.nan]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "se"])
+
+    def __repr__(self) -> str:
+        import pandas as pd
+
+        with pd.option_context("display.width", 120, "display.max_columns", None):
+            return "\n\n".join(
+                frame.to_string(float_format="{:.3f}".format, na_rep="–")
+                for frame in (self.summary(), self.table)
+            )
+
+
+def diagnose(
+    model: Model,
+    guide: Guide,
+    batch: Batch,
+    *,
+    draws: int = 10,
+    active: float = 0.01,
+    thin: float = math.log(100),
+    chunk: int = 2**15,
+    seed: int = 0,
+) -> Diagnosis:
+    r"""Diagnose a pair as a whole, on all rows of a data set.
+
+    With the aggregate posterior $\bar q(z) = \frac1N \sum_m q(z \mid x_m)$ over *all* rows,
+    `draws` z from each q(z | x_n) and as many from the prior give
+
+    $$R = \mathbb E\left[\log\frac{q(z \mid x_n)}{p(z)}\right], \quad
+      I_q(n; z) = \mathbb E\left[\log\frac{q(z \mid x_n)}{\bar q(z)}\right], \quad
+      \mathrm{KL}(\bar q\|p) = \mathbb E\left[\log\frac{\bar q(z)}{p(z)}\right]$$
+
+    Each is unbiased. A latent unit is active if $\mathrm{Var}_x(\mathbb E_q[z_d \mid x])$ is
+    above `active`; where means come from draws, their noise is subtracted. Prior mass is thin
+    where $\log \bar q(z) - \log p(z)$ is below −`thin`.
+
+    Args:
+        model: p(z) p(x | z).
+        guide: q(z | x).
+        batch: tensors of `N >= 2` rows: the full data set.
+        draws: `S`, from guide and prior for each row, at least 2.
+        active: the variance below which a unit is inactive, and the KL, in nats, below which
+            it has collapsed.
+        thin: nats; by default a hundredth of the prior's density.
+        chunk: draws times rows evaluated at once, which bounds the memory.
+        seed: of the draws; torch's random state is left as it was.
+
+    Returns:
+        `Diagnosis`. Standard errors are those of the draws, for these rows; they say nothing
+        of other rows. That of `variance` takes draws for Gaussian, and is 0 where the guide
+        knows its means; that of `thin_mass` is binomial, after one success and one failure
+        more than seen.
+
+    Warning:
+        Costs 2 S N² densities of the guide. I_q cannot exceed log N: near it, it says that
+        rows are told apart, not how well. In many dimensions a finite N leaves the prior thin
+        almost everywhere: compare `thin_mass` at equal N. Under a guide that is a point, rate
+        and surgery mean nothing. Data simulated from the same `seed` share its random numbers
+        with the draws: take another.
+
+    Raises:
+        ValueError: a bad pair or batch, fewer than 2 rows, `draws` below 2.
+
+    References:
+        Yuri Burda, Roger Grosse, Ruslan Salakhutdinov. *Importance Weighted
+        Autoencoders*, 2016 (active units).
+        Matthew D. Hoffman, Matthew J. Johnson. *ELBO Surgery*, 2016.
+        Ricky T. Q. Chen, Xuechen Li, Roger Grosse, David Duvenaud. *Isolating Sources of
+        Disentanglement in Variational Autoencoders*, 2018 (total correlation).
+        Alexander A. Alemi et al. *Fixing a Broken ELBO*, 2018 (rate and distortion).
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> model = pv.models.PPCA(torch.eye(3, 2), torch.zeros(3), noise=1.0)
+        >>> guide = pv.guides.NormalGuide(pv.networks.MLP(3, 4))
+        >>> found = diagnose(model, guide, (torch.ones(5, 3),))
+        >>> found.units.active, bool(found.surgery.mutual_information.value < 1e-4)
+        (tensor([False, False]), True)
+    """
+    check_pair(model, guide, batch)
+    size = len(batch[0])
+    if size < 2 or draws < 2 or chunk < 1:
+        refuse(
+            "diagnose cannot tell signal from noise with so little",
+            expected="at least 2 rows, draws >= 2, chunk >= 1",
+            got=f"{size} rows, draws={draws}, chunk={chunk}",
+            advice="the full data set, and the defaults",
+        )
+    width = max(1, min(math.isqrt(chunk), chunk // draws))
+    parts = [tuple(part[i : i + width] for part in batch) for i in range(0, size, width)]
+    with preserved_rng(seed), evaluating(model, guide), torch.no_grad():
+        z, log = _from_guide(model, guide, parts, draws)
+        prior_z, at_prior = _from_prior(model, parts, draws)
+        columns = min(log["guide"].shape[-1], log["prior"].shape[-1])
+        log_guide, log_prior = log["guide"][..., :columns], log["prior"][..., :columns]
+        score = _columns if columns > 1 else _joint
+        log_aggregate = _log_aggregate(guide, z, parts, score, chunk)
+        shared = _is_shared(model, prior_z, at_prior, parts)
+        ratio = _log_aggregate(guide, prior_z, parts, _joint, chunk) - at_prior if shared else None
+        jumps = _jumps(model, prior_z, batch, chunk)
+    kl, marginal = log_guide - log_prior, log_aggregate - log_prior
+    rate, distortion = kl[..., 0], -log["likelihood"]
+    return Diagnosis(
+        rate=_over_rows(rate),
+        distortion=_over_rows(distortion),
+        elbo=_over_rows(-rate - distortion),
+        surgery=_surgery(log_guide, log_prior, log_aggregate, shared),
+        units=Units(
+            names=_names(z),
+            variance=_variance_of_means(log["means"]),
+            kl=_over_rows(kl[..., 1:]) if columns > 1 else None,
+            marginal_kl=_over_rows(marginal[..., 1:]) if shared and columns > 1 else None,
+            mean=_over_rows(_stack(z)),
+            sd=_sd(_stack(z)),
+            prior_mean=_over_rows(_stack(prior_z)),
+            prior_sd=_sd(_stack(prior_z)),
+            threshold=active,
+        ),
+        holes=Holes(None if ratio is None else _share(~(ratio >= -thin)), jumps),
+    )
+
+
+class LinearCollapse(NamedTuple):
+    """Which principal directions a linear VAE leaves unused; what `linear_collapse` returns."""
+
+    eigenvalues: Tensor
+    """of the covariance of the data, descending, `(D,)`"""
+    collapsed: Tensor
+    """no larger than the variance of the noise, `(D,)`"""
+
+
+def linear_collapse(x: Tensor, noise: float) -> LinearCollapse:
+    r"""Where posterior collapse is no fault of the guide: the linear VAE, in closed form.
+
+    At the optimum of $p(x \mid z) = \mathcal N(\mu + W z, \sigma^2 I)$ for fixed σ, of its
+    ELBO as of its likelihood, the direction of the i-th eigenvector of the covariance has
+    $|w_i|^2 = \max(0, \lambda_i - \sigma^2)$: it is dead if and only if $\lambda_i \le \sigma^2$.
+
+    Args:
+        x: data, `(N, D)`, `N >= 2`.
+        noise: σ, positive, in the units of `x`.
+
+    Returns:
+        `LinearCollapse(eigenvalues, collapsed)`; a model of `L` latents uses the first `L`
+        directions at most.
+
+    Warning:
+        A deep decoder may use directions that are dead here, and collapse for other reasons.
+
+    Raises:
+        ValueError: data that are no matrix, or noise that is not positive.
+
+    References:
+        James Lucas, George Tucker, Roger Grosse, Mohammad Norouzi. *Don't Blame the ELBO! A
+        Linear VAE Perspective on Posterior Collapse*, 2019.
+
+    Example:
+        >>> x = torch.tensor([[2.0, 0.1], [-2.0, 0.1], [2.0, -0.1], [-2.0, -0.1]])
+        >>> linear_collapse(x, noise=1.0).collapsed
+        tensor([False,  True])
+    """
+    check_batch((x,), "data")
+    if x.dim() != 2 or len(x) < 2 or not noise > 0:
+        refuse(
+            "the linear VAE has no such data or noise",
+            expected="x of shape (N, D), N >= 2, and noise > 0",
+            got=f"x of shape {tuple(x.shape)}, noise={noise}",
+            advice="x.flatten(1), and the standard deviation of p(x | z)",
+        )
+    centred = x - x.mean(0)
+    values = torch.linalg.eigvalsh(centred.mT @ centred / len(x)).flip(0).clamp_min(0)
+    return LinearCollapse(values, values <= noise**2)
+
+
+def _from_guide(
+    model: Model, guide: Guide, parts: Sequence[Batch], draws: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draws of the guide by site, their log densities, and what the guide knows of its means."""
+    latents, figures = [], []
+    for rows in parts:
+        model_trace, guide_trace = trace_pair(model, guide, rows, draws)
+        shape = (draws, len(rows[0]))
+        z = {site["name"]: site["value"] for site in latent_sites(model_trace)}
+        sites = [guide_trace.nodes[name] for name in z]
+        means = {name: _mean(guide_trace.nodes[name]["fn"]) for name in z}
+        latents.append(z)
+        figures.append({
+            "likelihood": log_prob_of(observed_sites(model_trace), shape),
+            "prior": _columns(latent_sites(model_trace), shape),
+            "guide": _columns(sites, shape),
+            "means": _stack({n: z[n] if mean is None else mean for n, mean in means.items()}),
+        })  # fmt: skip
+    return _join(latents), _join(figures)
+
+
+def _from_prior(
+    model: Model, parts: Sequence[Batch], draws: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Draws of the prior by site, and their log densities, `(S, N, 1)`."""
+    latents, log_prior = [], []
+    for rows in parts:
+        sites = latent_sites(poutine.trace(with_draws(model, draws)).get_trace(*rows))
+        latents.append({site["name"]: site["value"] for site in sites})
+        log_prior.append(_joint(sites, (draws, len(rows[0]))))
+    return _join(latents), torch.cat(log_prior, dim=1)
+
+
+def _joint(sites: Sequence[Any], shape: tuple[int, int]) -> Tensor:
+    """The log density of all sites together, `(S, B, 1)`."""
+    return log_prob_of(sites, shape).unsqueeze(-1)
+
+
+def _columns(sites: Sequence[Any], shape: tuple[int, int]) -> Tensor:
+    """That of all sites together, then that of each scalar if they are a product of these.
+
+    `(S, B, 1 + L)` for a single site that is independent over its scalars, else `(S, B, 1)`.
+    """
+    (site, *others) = sites
+    scalar = site["fn"]
+    while isinstance(scalar, Independent):
+        scalar = scalar.base_dist
+    if others or scalar.event_shape or site["mask"] is not None:
+        return _joint(sites, shape)
+    log_prob = scalar.log_prob(site["value"]).reshape(*shape, -1)
+    return torch.cat([log_prob.sum(-1, keepdim=True), log_prob], dim=-1)
+
+
+def _score_at(
+    program: Model | Guide, z: dict[str, Tensor], rows: Batch, score: Callable[..., Tensor]
+) -> Tensor:
+    """`_joint` or `_columns` of the program at values z, `(S, B, *event)` by site."""
+    draws, size = next(iter(z.values())).shape[:2]
+    conditioned = poutine.condition(with_draws(program, draws), data=z)
+    with pyro.validation_enabled(False):  # a point outside a support has density 0, not an error
+        trace = poutine.trace(conditioned).get_trace(*rows)
+        return score([trace.nodes[name] for name in z], (draws, size))
+
+
+def _log_aggregate(
+    guide: Guide,
+    z: dict[str, Tensor],
+    parts: Sequence[Batch],
+    score: Callable[..., Tensor],
+    chunk: int,
+) -> Tensor:
+    """The score under q_agg at each of `(S, N)` points: over all rows, never some."""
+    shape = next(iter(z.values())).shape[:2]
+    width, size = len(parts[0][0]), sum(len(rows[0]) for rows in parts)
+    flat = {name: value.flatten(0, 1).unsqueeze(1) for name, value in z.items()}
+    found = []
+    for piece in _split(flat, max(1, chunk // width), dim=0):
+        log_sums = []
+        for rows in parts:
+            everywhere = {
+                name: value.expand(-1, len(rows[0]), *value.shape[2:])
+                for name, value in piece.items()
+            }
+            log_sums.append(_score_at(guide, everywhere, rows, score).logsumexp(1).double())
+        found.append(torch.stack(log_sums).logsumexp(0) - math.log(size))
+    return torch.cat(found).unflatten(0, shape)
+
+
+def _is_shared(
+    model: Model, z: dict[str, Tensor], log_prior: Tensor, parts: Sequence[Batch]
+) -> bool:
+    """Whether each row has the prior of the row before it."""
+    before = {name: value[:1].roll(1, dims=1) for name, value in z.items()}
+    pieces = _split(before, len(parts[0][0]), dim=1)
+    here = [_score_at(model, z, rows, _joint) for z, rows in zip(pieces, parts, strict=True)]
+    there = log_prior[:1].roll(1, dims=1)
+    return torch.allclose(torch.cat(here, dim=1), there, rtol=1e-4, atol=1e-3)
+
+
+def _jumps(model: Model, z: dict[str, Tensor], batch: Batch, chunk: int) -> Tensor | None:
+    """`Holes.jumps`, on lines from the first to the second prior draw of rows far apart."""
+    size = len(batch[0])
+    chosen = torch.linspace(0, size - 1, min(size, LINES)).long()
+    share = torch.linspace(0, 1, STEPS + 1)
+    speeds = []
+    for rows in chosen.split(max(1, chunk // len(share))):
+        ends = {name: value[:2, rows] for name, value in z.items()}
+        path = {
+            name: torch.stack([start.lerp(end, t) for t in share.tolist()])
+            for name, (start, end) in ends.items()
+        }
+        line = observation(with_draws(model, len(share)), path, tuple(p[rows] for p in batch))
+        if (mean := _mean(line)) is None:
+            return None
+        step = mean.double().diff(dim=0).reshape(STEPS, len(rows), -1).norm(dim=-1)
+        speeds.append(step * STEPS / _stack(ends).diff(dim=0).norm(dim=-1))
+    speed = torch.cat(speeds, dim=1).cpu()
+    fastest = speed.max(0).values
+    return torch.where(fastest == 0, 0.0, fastest / speed.median())
+
+
+def _surgery(log_guide: Tensor, log_prior: Tensor, log_aggregate: Tensor, shared: bool) -> Surgery:
+    """From columns at draws of the guide, `(S, N, 1 + L)` or `(S, N, 1)`."""
+    marginal = log_aggregate - log_prior
+    dependence = log_aggregate[..., 0] - log_aggregate[..., 1:].sum(-1)
+    product = shared and marginal.shape[-1] > 1
+    return Surgery(
+        mutual_information=_over_rows((log_guide - log_aggregate)[..., 0]),
+        marginal_kl=_over_rows(marginal[..., 0]) if shared else None,
+        total_correlation=_over_rows(dependence) if product else None,
+        dimension_kl=_over_rows(marginal[..., 1:].sum(-1)) if product else None,
+    )
+
+
+def _over_rows(values: Tensor) -> Estimate:
+    """The mean of `(S, N, ...)` draws, with the error of the draws for these rows."""
+    values = values.double().cpu()
+    draws, size = values.shape[:2]
+    return Estimate(values.mean((0, 1)), (values.var(0) / draws).sum(0).sqrt() / size)
+
+
+def _sd(values: Tensor) -> Estimate:
+    """The standard deviation of `(S, N, L)` draws; its error by the delta method."""
+    variance = _over_rows((values - values.mean((0, 1))).square())
+    sd = variance.value.sqrt()
+    return Estimate(sd, variance.se / (2 * sd))
+
+
+def _variance_of_means(values: Tensor) -> Estimate:
+    """The variance over rows of each row's mean, without the noise of `(S, N, L)` draws."""
+    values = values.double().cpu()
+    draws, size = values.shape[:2]
+    means, noise = values.mean(0), values.var(0) / draws
+    shift = (means - means.mean(0)).square() - noise
+    linear = (4 * shift * noise).sum(0).clamp_min(0)
+    square = (2 * noise.square() * draws / (draws - 1)).sum(0)
+    return Estimate(means.var(0) - noise.mean(0), (linear + square).sqrt() / size)
+
+
+def _share(holds: Tensor) -> Estimate:
+    """The share of draws for which it holds; the error is never 0."""
+    count, seen = holds.numel(), holds.sum().double().cpu()
+    share = (seen + 1) / (count + 2)
+    return Estimate(seen / count, (share * (1 - share) / count).sqrt())
+
+
+def _quantile(values: Tensor, share: float) -> Estimate:
+    """A quantile, and half the distance between those one binomial error to either side."""
+    error = math.sqrt(share * (1 - share) / len(values))
+    around = torch.tensor([share - error, share, share + error]).clamp(0, 1).to(values)
+    low, middle, high = values.quantile(around, interpolation="higher")
+    return Estimate(middle, (high - low) / 2)
+
+
+def _mean(distribution: Any) -> Tensor | None:
+    """Its mean, unless it has none or does not know it."""
+    try:
+        mean: Tensor = distribution.mean
+    except NotImplementedError:
+        return None
+    return None if mean.isnan().all() else mean
+
+
+def _names(z: dict[str, Tensor]) -> tuple[str, ...]:
+    return tuple(
+        f"{name}[{i}]" if value.dim() > 2 else name
+        for name, value in z.items()
+        for i in range(math.prod(value.shape[2:]))
+    )
+
+
+def _stack(z: dict[str, Tensor]) -> Tensor:
+    """All sites side by side, `(S, N, L)`."""
+    return torch.cat([value.reshape(*value.shape[:2], -1) for value in z.values()], dim=-1)
+
+
+def _join(pieces: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]}
+
+
+def _split(z: dict[str, Tensor], size: int, dim: int) -> list[dict[str, Tensor]]:
+    pieces = zip(*(value.split(size, dim) for value in z.values()), strict=True)
+    return [dict(zip(z, piece, strict=True)) for piece in pieces]
