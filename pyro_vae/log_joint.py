@@ -117,11 +117,10 @@ class LogJoint:
         """Sample q(z | x) of each datum; `(S, B, L)` unconstrained values."""
         with torch.no_grad():
             drawn = poutine.trace(with_draws(guide, draws)).get_trace(*self.batch)
-        return self.unconstrain({name: drawn.nodes[name]["value"] for name in self.transforms})
+        nodes: Any = drawn.nodes
+        return self.unconstrain({name: nodes[name]["value"] for name in self.transforms})
 
-    def _score(
-        self, latents: dict[str, Tensor], shape: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def _score(self, latents: dict[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         conditioned = poutine.condition(self.model, data=latents)
         sites = all_sites(poutine.trace(conditioned).get_trace(*self.batch))
         latent = [site for site in sites if site["name"] in self.transforms]

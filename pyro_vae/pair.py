@@ -201,7 +201,8 @@ def simulate(model: Model, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
     """
     with evaluating(model), torch.no_grad():
         trace = poutine.trace(model).get_trace(*batch)
-        x = trace.nodes["x"]["fn"].sample().to(batch[0].dtype)
+        likelihood: Any = trace.nodes["x"]["fn"]
+        x = likelihood.sample().to(batch[0].dtype)
     return {site["name"]: site["value"] for site in latent_sites(trace)}, (x, *batch[1:])
 
 

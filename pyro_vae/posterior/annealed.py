@@ -20,6 +20,9 @@ from pyro_vae.posterior.kernels import State, hamiltonian
 from pyro_vae.posterior.path import LEAPFROG, Base, Bridge, Rung, ends, explore
 from pyro_vae.posterior.store import Part, by_chunks
 
+PILOT = 32
+"""Particles that tune a path."""
+
 
 @dataclass(frozen=True)
 class Annealed:
@@ -165,7 +168,7 @@ def annealed(
             log_weight = weighed.log_weight.masked_fill(~schedule.possible, -torch.inf)
             sites, _ = base.target.constrain(weighed.position)
             draws = {name: value.unsqueeze(0) for name, value in sites.items()}
-            gradients = torch.full_like(log_weight[0], schedule.gradients + weighed.gradients)
+            gradients = schedule.gradients + weighed.gradients * particles
             return draws | {"log_weight": log_weight.unsqueeze(0)}, {"gradients": gradients}
 
         sites, figures = by_chunks(
@@ -242,10 +245,10 @@ def sandwich(
             back = _backward(base, schedule.rungs, exact[:, rows].expand(particles, -1, -1))
             lower, lower_error = _mean(there.log_weight.double())
             upper, upper_error = _mean(-back.log_weight.double())
-            count = schedule.gradients + there.gradients + back.gradients
+            gradients = schedule.gradients + (there.gradients + back.gradients) * particles
             return {}, {
                 "lower": lower, "lower_error": lower_error, "upper": -upper,
-                "upper_error": upper_error, "gradients": torch.full_like(lower, count),
+                "upper_error": upper_error, "gradients": gradients,
             }  # fmt: skip
 
         _, figures = by_chunks(
@@ -258,7 +261,8 @@ def sandwich(
 class _Schedule(NamedTuple):
     rungs: list[Rung]
     possible: Tensor
-    gradients: int
+    gradients: Tensor
+    """evaluations of each datum"""
 
 
 class _Weighed(NamedTuple):
@@ -269,9 +273,9 @@ class _Weighed(NamedTuple):
 
 def _tuned(base: Base, particles: int, temperatures: int) -> _Schedule:
     """A path of `temperatures` steps, spaced as a pilot's, which lost as much at each."""
-    pilot = explore(base, max(32, particles // 2), threshold=0.7)
+    pilot = explore(base, PILOT, PILOT, threshold=0.7)
     if not pilot.rungs:
-        return _Schedule([], pilot.possible, pilot.gradients)
+        return _Schedule([], pilot.possible, pilot.gradients * PILOT)
     betas = torch.stack([torch.zeros_like(pilot.rungs[0].beta), *(r.beta for r in pilot.rungs)])
     step_sizes = torch.stack([rung.step_size for rung in pilot.rungs])
     metrics = torch.stack([rung.metric for rung in pilot.rungs])
@@ -285,7 +289,7 @@ def _tuned(base: Base, particles: int, temperatures: int) -> _Schedule:
         beta = torch.lerp(betas[lower, row], betas[lower + 1, row], place - lower)
         beta = torch.ones_like(beta) if t == temperatures else beta
         rungs.append(Rung(beta, step_sizes[lower, row], metrics[lower, row]))
-    return _Schedule(rungs, pilot.possible, pilot.gradients)
+    return _Schedule(rungs, pilot.possible, pilot.gradients * PILOT)
 
 
 def _forward(base: Base, rungs: list[Rung], particles: int) -> _Weighed:

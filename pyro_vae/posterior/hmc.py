@@ -25,13 +25,15 @@ PARTICLES = 64
 """Of the cloud that finds the modes of a datum."""
 TRIALS = 256
 """Weighted draws from which the mixture of a datum is fitted anew."""
+ROUNDS = 4
+"""Of such fits at most; they end when half the draws are effective."""
 EVALUATIONS = 2**13
 """Log densities evaluated at once; more would not fit the caches."""
 PRIOR_SHARE = 0.05
 """Of the jumps."""
 BLOCK = 32
 """Draws whose jumps are evaluated together."""
-PERIODS = {0.5: 32, 0.15: 4, 0.0: 1}
+PERIODS = {0.3: 32, 0.1: 4, 0.0: 1}
 """By acceptance of jumps: every how many draws a Hamiltonian transition is made."""
 
 
@@ -42,7 +44,7 @@ def hmc(
     guide: Guide | None = None,
     draws: int = 1000,
     chains: int = 4,
-    warmup: int = 50,
+    warmup: int = 32,
     superchains: int | None = None,
     chunk: int = 1024,
     folder: str | Path | None = None,
@@ -185,7 +187,7 @@ def _sample(
     target: LogJoint, guide: Guide | None, draws: int, chains: int, warmup: int, starts: int
 ) -> Part:
     base = Base(target, guide)
-    cloud = explore(base, PARTICLES)
+    cloud = explore(base, PARTICLES, TRIALS)
     count = len(cloud.possible)
     kept = torch.full((chains, draws, count, target.size), torch.nan, dtype=target.dtype)
     stats = {
@@ -197,11 +199,13 @@ def _sample(
     index = cloud.possible.nonzero().flatten()
     if len(index):
         part = target.rows(index)
-        tuned, here, cost = _warm_up(part, base.rows(index), cloud, index, chains, starts, warmup)
+        tuned, here, gradients, densities = _warm_up(
+            part, base.rows(index), cloud, index, chains, starts, warmup
+        )
         figures["step_size"][index] = tuned.step_size.cpu().float()
         figures["jump_rate"][index] = tuned.jump_rate.cpu().float()
-        figures["gradients"][index] = cloud.gradients * PARTICLES + cost * float(chains)
-        figures["densities"][index] = TRIALS + (warmup + draws) * float(chains)
+        figures["gradients"][index] = cloud.gradients[index].cpu() * PARTICLES + gradients * chains
+        figures["densities"][index] = densities.cpu().float() + (warmup + draws) * chains
         for period, own in _groups(tuned.jump_rate):
             where, first = index[own].cpu(), 0
             figures["period"][where] = period
@@ -221,13 +225,14 @@ def _sample(
 
 def _warm_up(
     target: LogJoint, base: Base, cloud: Cloud, index: Tensor, chains: int, starts: int, count: int
-) -> tuple[_Tuned, _Chains, int]:
-    """Fit the proposal, bring the chains in, tune step sizes; the cost is in gradients."""
-    particles = cloud.position[:, index]
-    proposal, metric = _proposal(target, particles)
+) -> tuple[_Tuned, _Chains, int, Tensor]:
+    """Fit the proposal, bring the chains in, tune step sizes; with what it cost."""
+    proposal, metric, densities = _proposal(target, cloud, index)
     tuner = _DualAveraging(cloud.rungs[-1].step_size[index])
     tuned = _Tuned(proposal, tuner.step_size, metric, torch.zeros_like(tuner.step_size))
-    start = _starts(target, base, particles, starts).repeat_interleave(chains // starts, 0)
+    start = _starts(target, base, cloud.position[:, index], starts).repeat_interleave(
+        chains // starts, 0
+    )
     here = _at(target, proposal, start)
     blocks, accepted, gradients = _proposals(target, proposal, count, chains), [], 0
     for t in range(count):
@@ -238,7 +243,7 @@ def _warm_up(
         gradients += steps
     tuned.step_size = tuner.settled
     tuned.jump_rate = torch.stack(accepted[count // 2 :]).mean(0)
-    return tuned, here, gradients
+    return tuned, here, gradients, densities
 
 
 def _run(
@@ -287,9 +292,12 @@ def _transition(target: LogJoint, tuned: _Tuned, here: _Chains) -> tuple[_Chains
 def _proposals(target: LogJoint, proposal: Mixture, count: int, chains: int) -> _Chains:
     """Jumps proposed for all chains, `(n, C, B)`: a share from the prior."""
     total = count * chains
-    from_prior = torch.rand(total, len(proposal.mean)) < PRIOR_SHARE
     u = proposal.sample(total)
-    u = torch.where(from_prior.to(u.device).unsqueeze(-1), target.prior_draws(total), u)
+    from_prior = torch.rand(u.shape[:2]).to(u) < PRIOR_SHARE
+    order = from_prior.cumsum(0)  # as few draws of the prior as will do: it runs the model
+    prior = target.prior_draws(max(1, int(order[-1].max())))
+    drawn = prior.gather(0, (order - 1).clamp_min(0).unsqueeze(-1).expand_as(u))
+    u = torch.where(from_prior.unsqueeze(-1), drawn, u)
     found = _at(target, proposal, u)
     state = State(*(part.unflatten(0, (count, chains)) for part in found.state))
     return _Chains(state, found.log_proposal.unflatten(0, (count, chains)))
@@ -315,15 +323,37 @@ def _log_proposal(proposal: Mixture, u: Tensor, log_prior: Tensor) -> Tensor:
     )
 
 
-def _proposal(target: LogJoint, cloud: Tensor) -> tuple[Mixture, Tensor]:
-    """A mixture fitted to the cloud, then to weighted draws of itself; the metric it implies."""
-    even = torch.ones(cloud.shape[:2]).to(cloud)
-    first = fit_mixture(cloud, even).widened(2.0, 0.2)
-    u = first.sample(TRIALS)
-    weight = (_scored(target, u)[0] - first.log_prob(u)).softmax(0)
-    effective = 1 / weight.square().sum(0)
-    second = fit_mixture(torch.cat([u, cloud]), torch.cat([weight * effective, even / 4]))
-    return second.widened(2.0, 0.1), torch.linalg.cholesky(second.moments()[1])
+def _proposal(target: LogJoint, cloud: Cloud, index: Tensor) -> tuple[Mixture, Tensor, Tensor]:
+    """A mixture fitted to all weighted draws so far, then to draws of itself as well.
+
+    Returns it, the metric it implies, and how many densities it cost, `(B,)`.
+    """
+    components = max(1, min(6, (PARTICLES + TRIALS) // (8 * (target.size + 1))))
+    share = cloud.pool_log_weight[:, index].softmax(0)
+    weights = [torch.full_like(share[:PARTICLES], 0.25), share * _effective(share)]
+    u, weight = torch.cat([cloud.position, cloud.pool])[:, index], torch.cat(weights)
+    fitted = fit_mixture(u, weight, components)
+    cost = torch.full_like(share[0], float(TRIALS))
+    active = torch.arange(len(index), device=u.device)
+    for _ in range(ROUNDS):
+        trials = _proposals(target.rows(active), fitted.rows(active).widened(2.0, 0.2), TRIALS, 1)
+        position, log_joint = (part.squeeze(1) for part in trials.state)
+        share = (log_joint - trials.log_proposal.squeeze(1)).softmax(0)
+        effective = _effective(share)
+        cost[active] += TRIALS
+        u, weight = torch.cat([u, position]), torch.cat([weight, share * effective])
+        for part, new in zip(fitted, fit_mixture(u, weight, components), strict=True):
+            part[active] = new
+        poor = effective < 0.5 * TRIALS
+        active, u, weight = active[poor], u[:, poor], weight[:, poor]
+        if not len(active):
+            break
+    return fitted.widened(2.0, 0.1), torch.linalg.cholesky(fitted.moments()[1]), cost
+
+
+def _effective(share: Tensor) -> Tensor:
+    """Effective size of normalised weights `(S, B)`, `(B,)`."""
+    return 1 / share.square().sum(0)
 
 
 def _starts(target: LogJoint, base: Base, cloud: Tensor, starts: int) -> Tensor:

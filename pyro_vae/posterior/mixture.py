@@ -90,7 +90,7 @@ def weighted_moments(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (centred * weight.movedim(0, 1)).mT @ centred
 
 
-def fit_mixture(u: Tensor, weight: Tensor, *, components: int = 6, steps: int = 15) -> Mixture:
+def fit_mixture(u: Tensor, weight: Tensor, components: int, *, steps: int = 15) -> Mixture:
     r"""Expectation maximization on weighted draws, all data at once.
 
     It starts from components at draws far from each other, and pulls every covariance a little
@@ -99,7 +99,7 @@ def fit_mixture(u: Tensor, weight: Tensor, *, components: int = 6, steps: int = 
     Args:
         u: `(S, B, L)`.
         weight: `(S, B)`, at least 0, of any scale.
-        components: `K` at most; fewer where `S` would not feed them.
+        components: `K`.
         steps: of EM.
 
     References:
@@ -108,8 +108,7 @@ def fit_mixture(u: Tensor, weight: Tensor, *, components: int = 6, steps: int = 
         Olivier Cappé, Randal Douc, Arnaud Guillin, Jean-Michel Marin, Christian P. Robert.
         *Adaptive Importance Sampling in General Mixture Classes*, 2008.
     """
-    count, rows, size = u.shape
-    components = max(1, min(components, count // (4 * (size + 1))))
+    rows, size = u.shape[1:]
     weight = weight / weight.sum(0)
     mean, covariance = weighted_moments(u, weight)
     scale = covariance.diagonal(dim1=-2, dim2=-1).sqrt() + 1e-6 * (1 + mean.abs())

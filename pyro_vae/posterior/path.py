@@ -98,15 +98,21 @@ class Cloud(NamedTuple):
     """from β > 0 on; data that are there already repeat their last"""
     possible: Tensor
     """`(B,)`; no particle of the others had a likelihood"""
-    gradients: int
-    """evaluations for each particle"""
+    pool: Tensor
+    """what was drawn from the base, `(Q, B, L)`"""
+    pool_log_weight: Tensor
+    """log p(x, z) − log b(z) of these, `(Q, B)`"""
+    gradients: Tensor
+    """evaluations for each particle, `(B,)`"""
 
 
-def explore(base: Base, particles: int, *, threshold: float = 0.5, moves: int = 1) -> Cloud:
+def explore(base: Base, particles: int, pool: int, *, threshold: float = 0.5) -> Cloud:
     r"""Take particles from the base to the posterior by adaptive sequential Monte Carlo.
 
-    Each datum steps to the next β at which its weights
-    $w = (p(x, z) / b(z))^{\Delta\beta}$ keep an effective size of `threshold`; particles are
+    The first are resampled from a pool of more: it costs no gradients, and a mode that it
+    misses is missed for good. Each datum steps to the next β at which its weights
+    $w = (p(x, z) / b(z))^{\Delta\beta}$ keep an effective size of `threshold` times
+    the particles, which are
     resampled by weight and moved by Hamiltonian Monte Carlo with the cloud's own covariance.
     Step sizes follow the acceptance.
 
@@ -114,53 +120,54 @@ def explore(base: Base, particles: int, *, threshold: float = 0.5, moves: int = 
         Pierre Del Moral, Arnaud Doucet, Ajay Jasra. *Sequential Monte Carlo Samplers*, 2006.
     """
     with torch.no_grad():
-        u = base.sample(particles)
+        u = base.sample(pool)
         log_base, log_joint = (_finite(end) for end in ends(base, u))
     rows, size = u.shape[1:]
     beta = u.new_zeros(rows)
     step_size = u.new_full((rows,), 1.0 / size**0.25)
     possible = torch.isfinite(log_joint).any(0)
+    pooled = u, log_joint - log_base
     rungs: list[Rung] = []
     metric = torch.eye(size).to(u).expand(rows, -1, -1)
-    gradients = 0
+    gradients = u.new_zeros(rows)
     while bool((beta[possible] < 1).any()) and len(rungs) < 10_000:
         log_ratio = log_joint - log_base
         index = torch.nonzero(possible & (beta < 1)).flatten()
-        change = _next(log_ratio[:, index], 1 - beta[index], threshold)
+        change = _next(log_ratio[:, index], 1 - beta[index], threshold, particles)
         weight = (change * log_ratio[:, index]).softmax(0)
         beta[index] = torch.where(change >= 1 - beta[index], 1.0, beta[index] + change)
-        chosen = _systematic(weight)
+        chosen = _systematic(weight, particles)
         here = u[:, index].gather(0, chosen.unsqueeze(-1).expand(-1, -1, size))
         log_base_here = log_base[:, index].gather(0, chosen)
         log_joint_here = log_joint[:, index].gather(0, chosen)
+        if not rungs:  # the pool has done its work
+            u, log_base, log_joint = (end[:particles].clone() for end in (u, log_base, log_joint))
         metric = metric.clone()
         metric[index] = _factor(here)
         bridge = Bridge(base.rows(index), beta[index])
         state = State(here, _mixed(log_base_here, log_joint_here, beta[index]))
-        for _ in range(moves):
-            steps = int(torch.randint(1, LEAPFROG + 1, ()))
-            gradients += steps + 1
-            state, acceptance, _ = hamiltonian(
-                bridge, state, step_size[index], metric[index], steps
-            )
-            step_size[index] *= (1.5 * (acceptance.mean(0) - ACCEPTANCE)).exp().clamp(0.3, 1.5)
-        u[:, index] = state.position
+        steps = int(torch.randint(1, LEAPFROG + 1, ()))
+        moved = hamiltonian(bridge, state, step_size[index], metric[index], steps)
+        surplus = moved.acceptance.mean(0) - ACCEPTANCE
+        step_size[index] *= (1.5 * surplus).exp().clamp(0.3, 1.5)
+        gradients[index] += steps + 1
+        u[:, index] = moved.state.position
         with torch.no_grad():
-            both = ends(bridge.base, state.position)
+            both = ends(bridge.base, moved.state.position)
         log_base[:, index], log_joint[:, index] = (_finite(end) for end in both)
         rungs.append(Rung(beta.clone(), step_size.clone(), metric))
-    return Cloud(u, rungs, possible, gradients)
+    return Cloud(u, rungs, possible, *pooled, gradients)
 
 
-def _next(log_ratio: Tensor, room: Tensor, threshold: float) -> Tensor:
+def _next(log_ratio: Tensor, room: Tensor, threshold: float, particles: int) -> Tensor:
     """The largest Δβ, up to `room`, that keeps the effective size; by bisection, `(B,)`."""
     low, high = torch.zeros_like(room), room.clone()
     shifted = log_ratio - log_ratio.max(0).values
-    count = torch.isfinite(shifted).sum(0).to(room)
+    wanted = threshold * torch.isfinite(shifted).sum(0).to(room).clamp_max(particles)
 
     def enough(change: Tensor) -> Tensor:
         weight = torch.where(torch.isfinite(shifted), (change * shifted).exp(), 0.0)
-        return weight.sum(0).square() / weight.square().sum(0) >= threshold * count
+        return weight.sum(0).square() / weight.square().sum(0) >= wanted
 
     done = enough(high)
     for _ in range(30):
@@ -170,13 +177,12 @@ def _next(log_ratio: Tensor, room: Tensor, threshold: float) -> Tensor:
     return torch.where(done, room, low.clamp_min(1e-6)).minimum(room)
 
 
-def _systematic(weight: Tensor) -> Tensor:
+def _systematic(weight: Tensor, count: int) -> Tensor:
     """Indices `(P, B)` of particles resampled by weight with one random number a datum."""
-    count = len(weight)
     places = (torch.arange(count).to(weight) + torch.rand(weight.shape[1], 1).to(weight)) / count
     upto = weight.T.double().cumsum(1)
     chosen = torch.searchsorted(upto / upto[:, -1:], places.double())
-    return chosen.clamp_max(count - 1).T
+    return chosen.clamp_max(len(weight) - 1).T
 
 
 def _factor(u: Tensor) -> Tensor:
