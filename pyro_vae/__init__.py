@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from .svi.checkpoint import save_weights as save_weights
     from .svi.fit import fit as fit
     from .verdict.bounds import bounds as bounds
+    from .verdict.calibration import calibrate as calibrate
     from .verdict.compare import compare as compare
+    from .verdict.diagnostics import diagnose as diagnose
+    from .verdict.gaps import gaps as gaps
 
 __version__ = "0.1.0"
 
@@ -42,9 +45,12 @@ _MODULES = (
 )
 _FUNCTIONS = {
     "bounds": "verdict.bounds",
+    "calibrate": "verdict.calibration",
     "check_pair": "checks",
     "compare": "verdict.compare",
+    "diagnose": "verdict.diagnostics",
     "fit": "svi.fit",
+    "gaps": "verdict.gaps",
     "load_weights": "svi.checkpoint",
     "save_weights": "svi.checkpoint",
 }

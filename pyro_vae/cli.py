@@ -40,7 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where results go")
     demo.add_argument("--epochs", type=int, default=150, help="passes over the digits")
     demo.add_argument("--digits", type=int, default=16, help="held-out digits to judge")
-    demo.add_argument("--witnesses", type=int, default=6, help="how many of them NUTS samples")
     demo.add_argument("--seed", type=_seed, default=0, help="of weights, rows and draws")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -58,7 +57,7 @@ def _demo(options: argparse.Namespace) -> int:
     from pyro_vae.demo import demo
 
     run, verdict = demo(
-        options.out, epochs=options.epochs, digits=options.digits, witnesses=options.witnesses,
+        options.out, epochs=options.epochs, digits=options.digits,
         seed=options.seed, progress=not options.quiet,
     )  # fmt: skip
     print(run, end="\n\n")

@@ -18,12 +18,12 @@ from pyro_vae.verdict import Verdict, compare
 
 
 def demo(
-    folder: str | Path = "runs/demo", *, epochs: int = 150, digits: int = 16, witnesses: int = 6,
+    folder: str | Path = "runs/demo", *, epochs: int = 150, digits: int = 16,
     seed: int = 0, progress: bool = True,
 ) -> tuple[Run, Verdict]:  # fmt: skip
-    """Fit a VAE with two latent dimensions and compare its guide with exact and NUTS posteriors.
+    """Fit a VAE with two latent dimensions and compare its guide with exact and MCMC posteriors.
 
-    Writes into `folder`: `table.csv`, `summary.csv`, `history.csv`, `demo.png`, draws of NUTS,
+    Writes into `folder`: `table.csv`, `summary.csv`, `history.csv`, `demo.png`, draws of MCMC,
     guide and exact posterior as NetCDF, weights as safetensors, and `demo.json` with settings
     and versions.
 
@@ -31,7 +31,6 @@ def demo(
         folder: made if missing.
         epochs: of SVI.
         digits: held-out digits to judge.
-        witnesses: how many of them NUTS samples.
         seed: of weights, rows and draws.
         progress: show bars.
 
@@ -44,11 +43,8 @@ def demo(
     held_out = data.load("digits")
     if epochs < 1:
         raise ValueError(f"epochs must be an integer >= 1; got {epochs}")
-    if not 1 <= digits <= len(held_out.test[0]) or not 0 <= witnesses <= digits:
-        raise ValueError(
-            f"digits must be 1..{len(held_out.test[0])} and witnesses 0..digits; "
-            f"got {digits} and {witnesses}"
-        )
+    if not 1 <= digits <= len(held_out.test[0]):
+        raise ValueError(f"digits must be 1..{len(held_out.test[0])}; got {digits}")
     folder = writable_folder(folder)
     with preserved_rng(seed):
         guide = guides.NormalGuide(networks.MLP(64, 128, 128, guides.NormalGuide.features(2)))
@@ -59,16 +55,13 @@ def demo(
         )
     run = fit(model, guide, held_out, epochs=epochs, lr=2e-3, seed=seed, progress=progress)
     batch = (held_out.test[0][:digits],)
-    verdict = compare(
-        model, guide, batch, witnesses=witnesses, nuts_draws=300, nuts_warmup=200, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+    verdict = compare(model, guide, batch, seed=seed, progress=progress)
 
     verdict.save(folder)
     save_weights(folder, model, guide)
     run.history.to_csv(folder / "history.csv", float_format="%.6g")
     _figure(run, verdict, model, held_out).savefig(folder / "demo.png")
-    settings: dict[str, Any] = {"epochs": epochs, "digits": digits, "witnesses": witnesses}
+    settings: dict[str, Any] = {"epochs": epochs, "digits": digits}
     versions = {"pyro_vae": __version__, "torch": torch.__version__}
     record = {"settings": settings | {"seed": seed}, "versions": versions}
     (folder / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -106,7 +99,7 @@ def _figure(run: Run, verdict: Verdict, model: models.VAE, held_out: data.Datase
     figure = Figure(figsize=(12, 8.4), dpi=150, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.05], squeeze=False)[:, 0]
     verdict.plot(held_out.image_shape, figure=top)
-    top.suptitle("Held-out digits: exact posterior, NUTS, and the guide", fontsize=11)
+    top.suptitle("Held-out digits: exact posterior, MCMC, and the guide", fontsize=11)
     curves, grid = bottom.subplots(1, 2, width_ratios=[1.25, 1])
     plots.history(curves, run)
     curves.set_title("SVI with Trace_ELBO", fontsize=11)

@@ -25,27 +25,31 @@ GUIDE, MCMC, DENSITY = "#d1495b", "#22223b", "Blues"
 
 
 def posterior(
-    ax: Axes, exact: Quadrature, datum: int, *, guide: Draws | None = None,
-    mcmc: Draws | None = None, points: int = 200,
+    ax: Axes, exact: Quadrature | None, datum: int, *, guide: Draws | None = None,
+    mcmc: Draws | None = None, points: int = 400,
 ) -> Axes:  # fmt: skip
     """The exact density of one datum, MCMC draws over it, and the guide's ellipse.
 
     In two dimensions a heat map, the draws as points, the guide by its 1 and 2 sd ellipses;
-    in one dimension a curve, a histogram and the guide's histogram.
+    in one dimension a curve, a histogram and the guide's histogram; in more, draws and ellipses
+    of the first two.
 
     Args:
         ax: where to draw.
-        exact: quadrature of one or two latent dimensions.
+        exact: quadrature, or `None` where there is none.
         datum: which row.
         guide: draws of the guide for the same rows.
         mcmc: draws of a chain for the same rows.
         points: draws of the chain to show.
 
     Raises:
-        ValueError: three latent dimensions.
+        ValueError: neither quadrature nor chains to draw.
     """
-    nodes, density = exact.density(datum)
-    if nodes.shape[-1] == 1:
+    if exact is None and mcmc is None:
+        raise ValueError("posterior() draws quadrature or chains; both are None")
+    size = (mcmc.flat if exact is None else exact.mean.unsqueeze(0)).shape[-1]
+    if exact is not None and size == 1:
+        nodes, density = exact.density(datum)
         ax.fill_between(nodes[:, 0].numpy(), density.numpy(), color="0.85", label="exact")
         for draws, colour, name in ((mcmc, MCMC, "MCMC"), (guide, GUIDE, "guide")):
             if draws is not None:
@@ -53,21 +57,23 @@ def posterior(
                 ax.hist(values, bins=40, density=True, histtype="step", color=colour, label=name)
         ax.set_yticks([])
         return ax
-    if nodes.shape[-1] != 2:
-        raise ValueError("posterior() draws one or two latent dimensions; this grid has three")
-    ax.pcolormesh(
-        *nodes.permute(2, 0, 1).numpy(),
-        density.numpy(),
-        cmap=DENSITY,
-        shading="gouraud",
-        rasterized=True,
-    )
+    if exact is not None and size == 2:
+        nodes, density = exact.density(datum)
+        ax.pcolormesh(
+            *nodes.permute(2, 0, 1).numpy(),
+            density.numpy(),
+            cmap=DENSITY,
+            shading="gouraud",
+            rasterized=True,
+        )
     if mcmc is not None:
-        shown = mcmc.flat[:: max(1, len(mcmc.flat) // points), datum]
+        shown = mcmc.flat[:: max(1, len(mcmc.flat) // points), datum, :2]
         ax.plot(*shown.T.numpy(), ".", color=MCMC, markersize=1.6, alpha=0.6)
     if guide is not None:
-        _ellipses(ax, guide.flat[:, datum].double())
-    _frame(ax, exact, datum, guide)
+        _ellipses(ax, guide.flat[:, datum, :2].double())
+    truth = mcmc if exact is None else exact
+    assert truth is not None
+    _frame(ax, truth.mean[datum, :2].double(), truth.sd[datum, :2].double(), datum, guide)
     return ax
 
 
@@ -122,7 +128,7 @@ def latent_grid(ax: Axes, model: Model, shape: tuple[int, int], *, side: int = 1
 
 
 def comparison(
-    figure: Figure | SubFigure, exact: Quadrature, guide: Draws, mcmc: Draws | None,
+    figure: Figure | SubFigure, exact: Quadrature | None, guide: Draws, mcmc: Draws | None,
     titles: Sequence[str], *, pictures: Sequence[Sequence[Tensor]] = (),
     shape: tuple[int, int] | None = None,
 ) -> None:  # fmt: skip
@@ -130,7 +136,7 @@ def comparison(
 
     Args:
         figure: an empty figure to fill.
-        exact: quadrature of at least as many data as there are titles.
+        exact: quadrature of at least as many data as there are titles, if there is any.
         guide: draws of the guide for the same rows.
         mcmc: draws of a chain for the same rows.
         titles: one a column; what follows its first line stands below the panel.
@@ -153,21 +159,19 @@ def comparison(
         panel.set_title(title, fontsize=8)
         panel.set_xlabel(below, fontsize=7, linespacing=1.3)
         panel.tick_params(labelsize=6)
-    handles = [
-        Patch(color=colormaps[DENSITY](0.6), label="exact density"),
-        Line2D([], [], color=GUIDE, label="guide, 1 and 2 sd"),
-    ]
+    handles: list[Patch | Line2D] = [Line2D([], [], color=GUIDE, label="guide, 1 and 2 sd")]
+    if exact is not None:
+        handles.insert(0, Patch(color=colormaps[DENSITY](0.6), label="exact density"))
     if mcmc is not None:
-        handles.insert(1, Line2D([], [], color=MCMC, ls="", marker=".", label="MCMC draws"))
+        handles.insert(-1, Line2D([], [], color=MCMC, ls="", marker=".", label="MCMC draws"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
-def _frame(ax: Axes, exact: Quadrature, datum: int, guide: Draws | None) -> None:
-    """A square around 3 sd of the exact posterior and 2.2 sd of the guide."""
-    mean, sd = exact.mean[datum], exact.sd[datum]
+def _frame(ax: Axes, mean: Tensor, sd: Tensor, datum: int, guide: Draws | None) -> None:
+    """A square around 3 sd of the posterior and 2.2 sd of the guide."""
     low, high = mean - 3 * sd, mean + 3 * sd
     if guide is not None:
-        middle, spread = guide.mean[datum].double(), guide.sd[datum].double()
+        middle, spread = (part[datum, :2].double() for part in (guide.mean, guide.sd))
         low = torch.minimum(low, middle - 2.2 * spread)
         high = torch.maximum(high, middle + 2.2 * spread)
     center, half = (low + high) / 2, float((high - low).max()) / 2

@@ -9,3 +9,4 @@ from pyro_vae.posterior.hmc import hmc as hmc
 from pyro_vae.posterior.nuts import nuts as nuts
 from pyro_vae.posterior.quadrature import Quadrature as Quadrature
 from pyro_vae.posterior.quadrature import quadrature as quadrature
+from pyro_vae.posterior.sgld import sgld as sgld

@@ -21,7 +21,7 @@ from pyro_vae.posterior.mixture import Mixture, fit_mixture
 from pyro_vae.posterior.path import ACCEPTANCE, LEAPFROG, Base, Cloud, explore
 from pyro_vae.posterior.store import Part, by_chunks
 
-PARTICLES = 64
+PARTICLES = 32
 """Of the cloud that finds the modes of a datum."""
 TRIALS = 256
 """Weighted draws from which the mixture of a datum is fitted anew."""
@@ -187,7 +187,7 @@ def _sample(
     target: LogJoint, guide: Guide | None, draws: int, chains: int, warmup: int, starts: int
 ) -> Part:
     base = Base(target, guide)
-    cloud = explore(base, PARTICLES, TRIALS)
+    cloud = explore(base, max(PARTICLES, 4 * target.size), TRIALS)
     count = len(cloud.possible)
     kept = torch.full((chains, draws, count, target.size), torch.nan, dtype=target.dtype)
     stats = {
@@ -204,7 +204,9 @@ def _sample(
         )
         figures["step_size"][index] = tuned.step_size.cpu().float()
         figures["jump_rate"][index] = tuned.jump_rate.cpu().float()
-        figures["gradients"][index] = cloud.gradients[index].cpu() * PARTICLES + gradients * chains
+        figures["gradients"][index] = (
+            cloud.gradients[index].cpu() * len(cloud.position) + gradients * chains
+        )
         figures["densities"][index] = densities.cpu().float() + (warmup + draws) * chains
         for period, own in _groups(tuned.jump_rate):
             where, first = index[own].cpu(), 0
@@ -330,7 +332,7 @@ def _proposal(target: LogJoint, cloud: Cloud, index: Tensor) -> tuple[Mixture, T
     """
     components = max(1, min(6, (PARTICLES + TRIALS) // (8 * (target.size + 1))))
     share = cloud.pool_log_weight[:, index].softmax(0)
-    weights = [torch.full_like(share[:PARTICLES], 0.25), share * _effective(share)]
+    weights = [torch.full_like(cloud.position[:, index, 0], 0.25), share * _effective(share)]
     u, weight = torch.cat([cloud.position, cloud.pool])[:, index], torch.cat(weights)
     fitted = fit_mixture(u, weight, components)
     cost = torch.full_like(share[0], float(TRIALS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,51 +15,26 @@ from pyro_vae.posterior.draws import Draws
 
 @dataclass(frozen=True)
 class Bounds:
-    """Importance weights of `S` draws of the guide for each of `B` data, and what they say.
+    """What the importance weights w = p(x, z) / q(z | x) of `S` draws say of `B` data.
 
     Attributes:
-        log_weight: log p(x, z) − log q(z | x), nats, `(S, B)`, float64.
-        draws: the draws of the guide, one chain.
+        elbo: mean log w, nats, `(B,)`; below log p(x) by KL(q‖p(z|x)).
+        elbo_se: its standard error.
+        iwae: log of the mean w, nats, `(B,)`; in expectation below log p(x), above the ELBO
+            (Burda, Grosse, Salakhutdinov. *Importance Weighted Autoencoders*, 2016).
+        iwae_se: its standard error by the delta method; too small where k-hat is high.
+        ess: effective sample size of the weights, (Σw)²/Σw², `(B,)`.
+        khat: Pareto tail index of the weights, `(B,)`; see `pareto_khat`. NaN below 25 draws.
+        draws: the first draws of the guide, one chain.
     """
 
-    log_weight: Tensor
+    elbo: Tensor
+    elbo_se: Tensor
+    iwae: Tensor
+    iwae_se: Tensor
+    ess: Tensor
+    khat: Tensor
     draws: Draws
-
-    @cached_property
-    def elbo(self) -> Tensor:
-        """ELBO, nats, `(B,)`; below log p(x) by KL(q‖p(z|x))."""
-        return self.log_weight.mean(0)
-
-    @cached_property
-    def elbo_se(self) -> Tensor:
-        """Standard error of `elbo`, `(B,)`."""
-        return self.log_weight.std(0) / math.sqrt(len(self.log_weight))
-
-    @cached_property
-    def iwae(self) -> Tensor:
-        """Log of the mean weight, nats, `(B,)`; in expectation below log p(x), above the ELBO.
-
-        References:
-            Yuri Burda, Roger Grosse, Ruslan Salakhutdinov. *Importance Weighted
-            Autoencoders*, 2016.
-        """
-        return self.log_weight.logsumexp(0) - math.log(len(self.log_weight))
-
-    @cached_property
-    def iwae_se(self) -> Tensor:
-        """Standard error of `iwae`, `(B,)`, by the delta method; too small where k-hat is high."""
-        weight = (self.log_weight - self.iwae).exp()
-        return weight.std(0) / math.sqrt(len(weight))
-
-    @cached_property
-    def ess(self) -> Tensor:
-        """Effective sample size of the weights, (Σw)²/Σw², `(B,)`."""
-        return (2 * self.log_weight.logsumexp(0) - (2 * self.log_weight).logsumexp(0)).exp()
-
-    @cached_property
-    def khat(self) -> Tensor:
-        """Pareto tail index of the weights, `(B,)`; see `pareto_khat`."""
-        return pareto_khat(self.log_weight)
 
 
 def bounds(
@@ -69,6 +43,7 @@ def bounds(
     batch: Batch,
     *,
     draws: int = 1000,
+    keep: int = 1000,
     chunk: int = 2**15,
     seed: int = 0,
 ) -> Bounds:
@@ -81,7 +56,9 @@ def bounds(
         guide: q(z | x).
         batch: tensors of `B` rows.
         draws: `S` for each datum, at least 2.
-        chunk: draws times rows evaluated at once, which bounds the memory.
+        keep: draws that are returned, at most; weights are not.
+        chunk: draws times rows evaluated at once, which bounds the memory. All draws of a row
+            are evaluated together, so the encoder sees each row once.
         seed: of the draws; torch's random state is left as it was.
 
     Returns:
@@ -102,17 +79,30 @@ def bounds(
     if draws < 2:
         raise ValueError(f"bounds wants at least 2 draws a datum; got {draws}")
     rows = max(1, chunk // draws)
+    figures: list[tuple[Tensor, ...]] = []
+    kept: list[dict[str, Tensor]] = []
     with preserved_rng(seed), evaluating(model, guide), torch.no_grad():
-        parts = [
-            log_densities(model, guide, tuple(part[i : i + rows] for part in batch), draws)
-            for i in range(0, len(batch[0]), rows)
-        ]
-    sites = {
-        name: torch.cat([part.latents[name] for part in parts], dim=1).unsqueeze(0).cpu()
-        for name in parts[0].latents
-    }
-    log_weight = torch.cat([part.log_weight.double() for part in parts], dim=1).cpu()
-    return Bounds(log_weight, Draws(sites, method="guide"))
+        for i in range(0, len(batch[0]), rows):
+            part = log_densities(model, guide, tuple(part[i : i + rows] for part in batch), draws)
+            figures.append(_figures(part.log_weight.double().cpu()))
+            kept.append({name: value[:keep].cpu() for name, value in part.latents.items()})
+    sites = {name: torch.cat([part[name] for part in kept], 1).unsqueeze(0) for name in kept[0]}
+    columns = (torch.cat(column) for column in zip(*figures, strict=True))
+    return Bounds(*columns, draws=Draws(sites, method="guide"))
+
+
+def _figures(log_weight: Tensor) -> tuple[Tensor, ...]:
+    """The figures of `Bounds` from weights `(S, B)`, in their order."""
+    count = len(log_weight)
+    iwae = log_weight.logsumexp(0) - math.log(count)
+    return (
+        log_weight.mean(0),
+        log_weight.std(0) / math.sqrt(count),
+        iwae,
+        (log_weight - iwae).exp().std(0) / math.sqrt(count),
+        (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp(),
+        pareto_khat(log_weight) if count >= 25 else torch.full_like(iwae, torch.nan),
+    )
 
 
 def pareto_khat(log_weight: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""The verdict: a guide against the exact posterior, and MCMC against it beside."""
+"""The verdict: a guide against the posterior, datum by datum, and MCMC against it beside."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,13 @@ from torch import Tensor
 
 from pyro_vae import posterior
 from pyro_vae.checks import check_pair
-from pyro_vae.pair import Batch, Guide, Model, observation
-from pyro_vae.posterior import Draws, Quadrature
+from pyro_vae.log_joint import LogJoint
+from pyro_vae.pair import Batch, Guide, Model, evaluating, observation, preserved_rng
+from pyro_vae.posterior import Annealed, Draws, Quadrature
 from pyro_vae.verdict.bounds import Bounds, bounds
+from pyro_vae.verdict.distances import distances
+from pyro_vae.verdict.family import family_of
+from pyro_vae.verdict.gaps import Gaps, gaps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,16 +29,18 @@ if TYPE_CHECKING:
 
 SHORT = {
     "log_evidence": "log p(x)",
-    "exact_error": "error",
+    "log_evidence_se": "error",
     "elbo": "ELBO",
     "kl": "KL",
     "kl_se": "±",
+    "approximation": "family",
+    "amortization": "encoder",
     "khat": "k-hat",
     "guide_mean_error": "guide mean",
     "guide_sd_error": "guide sd",
-    "nuts_mean_error": "NUTS mean",
-    "nuts_sd_error": "NUTS sd",
-    "nuts_mcse": "±MCSE",
+    "mcmc_mean_error": "MCMC mean",
+    "mcmc_sd_error": "MCMC sd",
+    "mcmc_mcse": "±MCSE",
     "rhat": "R-hat",
     "ess": "ESS",
 }
@@ -49,103 +56,142 @@ class Limits:
         sd: relative error of the sd, any coordinate.
         kl: KL(q‖p(z|x)), nats; 0.2 is what a Gaussian shifted by 0.63 sd has.
         khat: Pareto index of the importance weights (Vehtari et al., 2024).
-        exact: error that quadrature admits to, nats; above it nothing is judged.
+        evidence: error of log p(x), nats; above it nothing is judged.
     """
 
     mean: float = 0.5
     sd: float = 0.3
     kl: float = 0.2
     khat: float = 0.7
-    exact: float = 0.01
+    evidence: float = 0.1
 
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """A guide held against the exact posterior of `B` data, and NUTS on some of them.
+    """A guide held against the posterior of `B` data, and MCMC beside it.
 
     Attributes:
-        exact: quadrature of all data.
-        bounds: draws of the guide and their weights, all data.
-        mcmc: NUTS draws of the first data, or `None`.
+        rung: what stands for the truth, and why.
+        exact: quadrature, up to three latent dimensions; `None` above.
+        annealed: log p(x) by annealed importance sampling above; `None` below.
+        mcmc: batched Hamiltonian Monte Carlo of all data.
+        bounds: draws of the guide and what their weights say.
+        gaps: KL split into family and encoder; `None` if not asked for, or if the guide's
+            family cannot be read.
         limits: what `table` trusts.
     """
 
-    exact: Quadrature
+    rung: str
+    exact: Quadrature | None
+    annealed: Annealed | None
+    mcmc: Draws
     bounds: Bounds
-    mcmc: Draws | None
+    gaps: Gaps | None
     limits: Limits
     _model: Model
     _batch: Batch
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row a datum; nats, and errors in units of the exact posterior sd.
+        """A row a datum; nats, and errors in units of the posterior sd.
 
-        `kl` is log p(x) − ELBO = KL(q‖p(z|x)), with its standard error. `_mean_error` and
-        `_sd_error` are those of the coordinate where the error is largest, signed;
-        `exact_error` is what quadrature admits to; for NUTS
-        `nuts_mcse` is the standard error that its mean admits to. `why` is empty where the
-        guide is trusted.
+        `kl` is log p(x) − ELBO = KL(q‖p(z|x)), with its standard error; `approximation` and
+        `amortization` are its shares due to the guide's family and to its encoder.
+        `_mean_error` and `_sd_error` are those of the coordinate where the error is largest,
+        signed, of guide and chains against the exact posterior; without one, of the guide
+        against the chains, and of the second half of the chains against the first.
+        `mcmc_mcse` is the standard error that the chains' mean admits to. `why` is empty where
+        the guide is trusted; where the truth itself is in doubt it says so first.
         """
         import pandas as pd
 
-        guide_mean, guide_sd = _errors(self.bounds.draws, self.exact)
-        kl = self.exact.log_evidence - self.bounds.elbo
-        columns: dict[str, Any] = {
-            "log_evidence": self.exact.log_evidence,
-            "exact_error": self.exact.error,
+        log_evidence, error = self._evidence()
+        guide_mean, guide_sd = _errors(_moments(self.bounds.draws), self._reference())
+        mcmc_mean, mcmc_sd = self._witness()
+        columns: dict[str, Tensor] = {
+            "log_evidence": log_evidence,
+            "log_evidence_se": error,
             "elbo": self.bounds.elbo,
-            "kl": kl,
-            "kl_se": self.bounds.elbo_se,
+            "kl": log_evidence - self.bounds.elbo,
+            "kl_se": torch.hypot(self.bounds.elbo_se, error),
+        }
+        if self.gaps is not None:
+            columns["approximation"] = self.gaps.approximation
+            columns["amortization"] = self.gaps.amortization
+        columns |= {
             "khat": self.bounds.khat,
             "guide_mean_error": guide_mean,
             "guide_sd_error": guide_sd,
+            "mcmc_mean_error": mcmc_mean,
+            "mcmc_sd_error": mcmc_sd,
+            "mcmc_mcse": (_stacked(self.mcmc.mcse) / self._reference()[1]).amax(-1),
+            "rhat": _stacked(self.mcmc.rhat).amax(-1),
+            "ess": _stacked(self.mcmc.ess).amin(-1),
         }
         table = pd.DataFrame({name: value.numpy() for name, value in columns.items()})
         table.index.name = "datum"
-        for name, value in self._mcmc_columns().items():
-            table[name] = pd.Series(value.numpy())
-        table["why"] = [_why(row, self.limits) for row in table.to_dict("records")]
+        rows = zip(table.to_dict("records"), self.mcmc.trouble, strict=True)
+        doubtful = self.exact is None  # then the guide is measured against the chains
+        table["why"] = [
+            _why(row, self.limits, trouble if doubtful else "") for row, trouble in rows
+        ]
+        table["mcmc_trouble"] = self.mcmc.trouble
+        return table
+
+    @cached_property
+    def distances(self) -> pd.DataFrame:
+        """Distances of guide and chains, a row a datum, each beside its own zero.
+
+        The columns of `pyro_vae.verdict.distances.distances`: `_zero` is the same figure for
+        one half of the chains against the other.
+        """
+        import pandas as pd
+
+        chains = torch.cat([v.flatten(3) if v.dim() > 3 else v.unsqueeze(-1)
+                            for v in self.mcmc.sites.values()], -1)  # fmt: skip
+        points = min(200, len(self.bounds.draws.flat), chains.shape[1])
+        found = distances(self.bounds.draws.flat, chains, points=points)
+        table = pd.DataFrame({name: value.numpy() for name, value in found.items()})
+        table.index.name = "datum"
         return table
 
     def summary(self) -> pd.DataFrame:
-        """Pooled over data: a row for the guide, and one for NUTS on the data it sampled.
+        """Pooled over data: a row for the guide, and one for MCMC.
 
-        `log_evidence`, `elbo`, `kl` are means over data; errors are root mean squares; `khat`
-        and `rhat` are the largest, `ess` the smallest; `trusted` is a share of the data.
+        `log_evidence`, `elbo`, `kl` and its shares are means over data; errors are root mean
+        squares; `khat` and `rhat` are the largest, `ess` the smallest; `trusted` is a share of
+        the data. Data whose chains did not converge stay out of the row of MCMC, and are
+        missing from its count.
         """
         import pandas as pd
 
         table = self.table
-        rows = {
-            "guide": {
-                "data": len(table),
-                "log_evidence": table["log_evidence"].mean(),
-                "elbo": table["elbo"].mean(),
-                "kl": table["kl"].mean(),
-                "mean_error": _rms(table["guide_mean_error"]),
-                "sd_error": _rms(table["guide_sd_error"]),
-                "khat": table["khat"].max(skipna=False),
-                "trusted": (table["why"] == "").mean(),
-            }
+        sound = table[table["mcmc_trouble"] == ""]
+        means = ["log_evidence", "elbo", "kl", "approximation", "amortization"]
+        guide = {"data": len(table)} | {
+            name: table[name].mean() for name in means if name in table
         }
-        if self.mcmc is not None:
-            sampled = table.iloc[: self.mcmc.flat.shape[1]]
-            rows["NUTS"] = {
-                "data": len(sampled),
-                "log_evidence": sampled["log_evidence"].mean(),
-                "mean_error": _rms(sampled["nuts_mean_error"]),
-                "sd_error": _rms(sampled["nuts_sd_error"]),
-                "rhat": sampled["rhat"].max(skipna=False),
-                "ess": sampled["ess"].min(skipna=False),
-            }
-        return pd.DataFrame.from_dict(rows, orient="index")
+        guide |= {
+            "mean_error": _rms(table["guide_mean_error"]),
+            "sd_error": _rms(table["guide_sd_error"]),
+            "khat": table["khat"].max(skipna=False),
+            "trusted": (table["why"] == "").mean(),
+        }
+        mcmc = {
+            "data": len(sound),
+            "log_evidence": sound["log_evidence"].mean(),
+            "mean_error": _rms(sound["mcmc_mean_error"]),
+            "sd_error": _rms(sound["mcmc_sd_error"]),
+            "rhat": sound["rhat"].max(),
+            "ess": sound["ess"].min(),
+        }
+        return pd.DataFrame.from_dict({"guide": guide, "MCMC": mcmc}, orient="index")
 
     def plot(
         self, image_shape: tuple[int, int] | None = None, *,
         figure: Figure | SubFigure | None = None,
     ) -> Figure | SubFigure:  # fmt: skip
-        """A panel for each datum that NUTS sampled, or for the first six.
+        """A panel for each of the first six data.
 
         Args:
             image_shape: `(height, width)`, to show data and reconstructions above.
@@ -158,7 +204,7 @@ class Verdict:
 
         from pyro_vae import plots
 
-        count = min(6, len(self.table)) if self.mcmc is None else self.mcmc.flat.shape[1]
+        count = min(6, len(self.table))
         if figure is None:
             size = (2.1 * count, 2.7 if image_shape is None else 3.7)
             figure = Figure(figsize=size, dpi=150, layout="constrained")
@@ -176,46 +222,57 @@ class Verdict:
         return figure
 
     def save(self, folder: str | Path) -> None:
-        """Write `table.csv`, `summary.csv`, `guide.nc`, `exact.nc`, and `nuts.nc` if sampled.
+        """Write tables as CSV and draws as NetCDF.
+
+        `table.csv`, `summary.csv`, `distances.csv`, `guide.nc`, `mcmc.nc`, and `exact.nc` where
+        there is quadrature.
 
         Raises:
             OSError: the folder cannot be written.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.table.to_csv(folder / "table.csv", float_format="%.6g")
-        self.summary().to_csv(folder / "summary.csv", float_format="%.6g")
+        for name in ("table", "summary", "distances"):
+            table = self.summary() if name == "summary" else getattr(self, name)
+            table.to_csv(folder / f"{name}.csv", float_format="%.6g")
         self.bounds.draws.save(folder / "guide.nc")
-        self.exact.sample(1000).save(folder / "exact.nc")
-        if self.mcmc is not None:
-            self.mcmc.save(folder / "nuts.nc")
+        self.mcmc.save(folder / "mcmc.nc")
+        if self.exact is not None:
+            self.exact.sample(1000).save(folder / "exact.nc")
         else:
-            (folder / "nuts.nc").unlink(missing_ok=True)  # of an earlier verdict
+            (folder / "exact.nc").unlink(missing_ok=True)  # of an earlier verdict
 
     def __repr__(self) -> str:
         import pandas as pd
 
         with pd.option_context("display.width", 120, "display.max_columns", None):
-            table = self.table.rename(columns=SHORT)
+            table = self.table.drop(columns="mcmc_trouble").rename(columns=SHORT)
             return (
-                f"{table.to_string(float_format='{:.2f}'.format, na_rep='')}\n\npooled\n"
-                f"{self.summary().to_string(float_format='{:.2f}'.format, na_rep='')}"
+                f"{table.to_string(float_format='{:.2f}'.format, na_rep='')}\n\n{self.rung}\n\n"
+                f"pooled\n{self.summary().to_string(float_format='{:.2f}'.format, na_rep='')}"
             )
 
-    def _mcmc_columns(self) -> dict[str, Tensor]:
-        if self.mcmc is None:
-            return {}
-        mean_error, sd_error = _errors(self.mcmc, self.exact)
-        mcse = torch.cat([_scalars(value) for value in self.mcmc.mcse.values()], -1)
-        rhat = torch.cat([_scalars(value) for value in self.mcmc.rhat.values()], -1)
-        ess = torch.cat([_scalars(value) for value in self.mcmc.ess.values()], -1)
-        return {
-            "nuts_mean_error": mean_error,
-            "nuts_sd_error": sd_error,
-            "nuts_mcse": (mcse / self.exact.sd[: len(mcse)]).max(-1).values,
-            "rhat": rhat.max(-1).values,
-            "ess": ess.min(-1).values,
-        }
+    def _evidence(self) -> tuple[Tensor, Tensor]:
+        """Log p(x) and its error, nats, `(B,)` each."""
+        if self.exact is not None:
+            return self.exact.log_evidence, self.exact.error
+        assert self.annealed is not None
+        return self.annealed.log_evidence, self.annealed.error
+
+    def _reference(self) -> tuple[Tensor, Tensor]:
+        """Mean and sd that the guide is measured against, `(B, L)` each."""
+        return _moments(self.mcmc) if self.exact is None else (self.exact.mean, self.exact.sd)
+
+    def _witness(self) -> tuple[Tensor, Tensor]:
+        if self.exact is not None:
+            return _errors(_moments(self.mcmc), self._reference())
+        half = next(iter(self.mcmc.sites.values())).shape[1] // 2
+        halves = (
+            Draws({name: value[:, part] for name, value in self.mcmc.sites.items()})
+            for part in (slice(half), slice(half, 2 * half))
+        )
+        first, second = (_moments(draws) for draws in halves)
+        return _errors(second, first)
 
 
 def compare(
@@ -224,70 +281,96 @@ def compare(
     batch: Batch,
     *,
     draws: int = 4000,
-    witnesses: int = 6,
-    chains: int = 2,
-    nuts_draws: int = 250,
-    nuts_warmup: int = 150,
+    mcmc_draws: int = 1000,
+    chains: int = 4,
+    search: int = 400,
     limits: Limits = Limits(),
     seed: int = 0,
     progress: bool = True,
 ) -> Verdict:
-    """Hold a guide against the exact posterior, datum by datum.
+    r"""Hold a guide against the posterior of each datum, and MCMC against it beside.
 
-    Quadrature gives log p(x), mean and covariance of p(z | x); draws of the guide give ELBO,
-    moments and k-hat; Pyro's NUTS samples the first data, so that the guide's errors stand
-    beside those of a sampler that knows nothing of the guide. A guide is not trusted for a
-    datum if one of `limits` is passed, a KL only by more than two standard errors.
+    The truth is the highest rung of the ladder that fits: quadrature up to three latent
+    dimensions, which is exact; above, annealed importance sampling for log p(x) and batched
+    Hamiltonian Monte Carlo for the moments, each with its own error. Chains are run in either
+    case, so that each error of the guide stands beside that of a sampler.
 
     Args:
-        model: p(z) p(x | z) with at most 3 latent dimensions a datum.
+        model: p(z) p(x | z).
         guide: q(z | x).
         batch: tensors of `B` rows.
         draws: of the guide, for each datum.
-        witnesses: data that NUTS samples, from the first on; 0 for none. Seconds each.
-        chains: of NUTS.
-        nuts_draws: kept from each chain.
-        nuts_warmup: steps of adaptation before them.
+        mcmc_draws: kept from each chain.
+        chains: of Hamiltonian Monte Carlo, for each datum.
+        search: steps of the search for the best member of the guide's family, which says
+            whether the family or the encoder is at fault; 0 for none.
         limits: where trust ends.
         seed: of all draws; torch's random state is left as it was.
-        progress: show a bar.
+        progress: show bars.
 
     Returns:
         `Verdict`.
 
     Raises:
-        ValueError: a bad pair or batch, or more than 3 latent dimensions.
+        ValueError: a bad pair or batch, or counts below their minimum.
 
     Example:
         >>> import pyro_vae as pv
         >>> model = pv.models.PPCA(torch.eye(3, 2), torch.zeros(3), noise=1.0)
         >>> guide = pv.guides.NormalGuide(pv.networks.MLP(3, 4))
-        >>> verdict = compare(model, guide, (torch.ones(5, 3),), witnesses=0, progress=False)
+        >>> verdict = compare(model, guide, (torch.ones(5, 3),), search=0, progress=False)
         >>> bool((verdict.table["kl"] > 0).all())
         True
     """
     check_pair(model, guide, batch)
-    if draws < 25 or witnesses < 0 or nuts_draws < 4 or nuts_warmup < 1 or chains < 1:
+    if draws < 25 or mcmc_draws < 4 or chains < 2 or search < 0:
         raise ValueError(
-            "compare wants draws >= 25, witnesses >= 0, chains >= 1, nuts_draws >= 4, nuts_warmup "
-            f">= 1; got {draws}, {witnesses}, {chains}, {nuts_draws}, {nuts_warmup}"
+            "compare wants draws >= 25, mcmc_draws >= 4, chains >= 2, search >= 0; "
+            f"got {draws}, {mcmc_draws}, {chains}, {search}"
         )
-    exact = posterior.quadrature(model, batch, seed=seed)
-    weighed = bounds(model, guide, batch, draws=draws, seed=seed)
-    sampled = None
-    if witnesses > 0:
-        first = tuple(part[:witnesses] for part in batch)
-        sampled = posterior.nuts(
-            model, first, draws=nuts_draws, warmup=nuts_warmup, chains=chains, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-    return Verdict(exact, weighed, sampled, limits, model, batch)
+    size = LogJoint(model, batch).size
+    exact = annealed = None
+    if size <= 3:
+        exact = posterior.quadrature(model, batch, seed=seed)
+        rung = f"truth: quadrature, as there are {size} latent dimensions"
+    else:
+        annealed = posterior.annealed(model, batch, guide=guide, seed=seed, progress=progress)
+        rung = (
+            f"truth: annealed importance sampling and Hamiltonian Monte Carlo, as {size} latent "
+            "dimensions are too many for quadrature"
+        )
+    mcmc = posterior.hmc(
+        model, batch, guide=guide, draws=mcmc_draws, chains=chains, seed=seed, progress=progress
+    )
+    weighed = bounds(model, guide, batch, draws=draws, keep=draws, seed=seed + 1)
+    verdict = Verdict(rung, exact, annealed, mcmc, weighed, None, limits, model, batch)
+    log_evidence, error = verdict._evidence()
+    if search == 0 or not torch.isfinite(log_evidence).all() or not _readable(guide, batch):
+        return verdict
+    split = gaps(
+        model, guide, batch, log_evidence=log_evidence, log_evidence_se=error, steps=search,
+        seed=seed, progress=progress,
+    )  # fmt: skip
+    return replace(verdict, gaps=split)
 
 
-def _errors(draws: Draws, exact: Quadrature) -> tuple[Tensor, Tensor]:
+def _readable(guide: Guide, batch: Batch) -> bool:
+    """Whether the family of the guide can be read off it."""
+    try:
+        with preserved_rng(0), evaluating(guide), torch.no_grad():
+            family_of(guide, batch)
+    except ValueError:
+        return False
+    return True
+
+
+def _moments(draws: Draws) -> tuple[Tensor, Tensor]:
+    return draws.mean.double(), draws.sd.double()
+
+
+def _errors(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Signed errors of mean and sd in posterior sd, at the worst coordinate; `(B,)` each."""
-    mean, sd = draws.mean.double(), draws.sd.double()
-    true_mean, true_sd = exact.mean[: len(mean)], exact.sd[: len(mean)]
+    (mean, sd), (true_mean, true_sd) = found, truth
     return _worst((mean - true_mean) / true_sd), _worst(sd / true_sd - 1)
 
 
@@ -295,16 +378,21 @@ def _worst(errors: Tensor) -> Tensor:
     return errors.gather(-1, errors.abs().argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def _why(row: dict[Any, Any], limits: Limits) -> str:
+def _why(row: dict[Any, Any], limits: Limits, trouble: str) -> str:
     measured = ("kl", "guide_mean_error", "guide_sd_error")
+    high = row["kl"] - 2 * row["kl_se"] > limits.kl
+    to_family = row.get("approximation", math.nan) > row.get("amortization", math.nan)
     reasons = {
         "not finite": not all(math.isfinite(row[name]) for name in measured),
+        f"reference in doubt ({trouble})": trouble != "",
         "mean off": abs(row["guide_mean_error"]) > limits.mean,
         "too narrow": row["guide_sd_error"] < -limits.sd,
         "too wide": row["guide_sd_error"] > limits.sd,
-        "high KL": row["kl"] - 2 * row["kl_se"] > limits.kl,
+        "high KL": high,
+        "family too small": high and to_family,
+        "encoder off": high and "amortization" in row and not to_family,
         "heavy weights": not row["khat"] <= limits.khat,
-        "exact value uncertain": not row["exact_error"] <= limits.exact,
+        "evidence uncertain": not row["log_evidence_se"] <= limits.evidence,
     }
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
@@ -315,8 +403,9 @@ def _lines(why: str) -> str:
     return "\n" + "\n".join(pairs)
 
 
-def _scalars(value: Tensor) -> Tensor:
-    return value.reshape(len(value), -1)
+def _stacked(figures: Mapping[str, Tensor]) -> Tensor:
+    """Figures of all scalars, `(B, L)`."""
+    return torch.cat([value.reshape(len(value), -1) for value in figures.values()], -1)
 
 
 def _rms(errors: pd.Series[float]) -> float:
