@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -20,6 +22,22 @@ from pyro_vae.pair import (
     preserved_rng,
     with_draws,
 )
+
+
+class _Reached(Exception):
+    """The last latent is drawn."""
+
+
+class _StopAfter(Messenger):
+    """Ends a model once a site is drawn: what follows, the decoder above all, is not needed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _pyro_post_sample(self, message: dict[str, Any]) -> None:
+        if message["name"] == self.name:
+            raise _Reached
 
 
 class LogJoint:
@@ -109,9 +127,11 @@ class LogJoint:
 
     def prior_draws(self, draws: int) -> Tensor:
         """Sample the prior of each datum; `(S, B, L)` unconstrained values."""
-        with torch.no_grad():
-            drawn = poutine.trace(with_draws(self.model, draws)).get_trace(*self.batch)
-        return self.unconstrain({site["name"]: site["value"] for site in latent_sites(drawn)})
+        recorded = poutine.trace()
+        with torch.no_grad(), recorded, _StopAfter([*self.transforms][-1]), suppress(_Reached):
+            with_draws(self.model, draws)(*self.batch)
+        nodes: Any = recorded.trace.nodes
+        return self.unconstrain({name: nodes[name]["value"] for name in self.transforms})
 
     def guide_draws(self, guide: Guide, draws: int) -> Tensor:
         """Sample q(z | x) of each datum; `(S, B, L)` unconstrained values."""

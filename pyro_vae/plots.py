@@ -45,9 +45,10 @@ def posterior(
     Raises:
         ValueError: neither quadrature nor chains to draw.
     """
-    if exact is None and mcmc is None:
+    truth = mcmc if exact is None else exact
+    if truth is None:
         raise ValueError("posterior() draws quadrature or chains; both are None")
-    size = (mcmc.flat if exact is None else exact.mean.unsqueeze(0)).shape[-1]
+    size = truth.mean.shape[-1]
     if exact is not None and size == 1:
         nodes, density = exact.density(datum)
         ax.fill_between(nodes[:, 0].numpy(), density.numpy(), color="0.85", label="exact")
@@ -71,8 +72,6 @@ def posterior(
         ax.plot(*shown.T.numpy(), ".", color=MCMC, markersize=1.6, alpha=0.6)
     if guide is not None:
         _ellipses(ax, guide.flat[:, datum, :2].double())
-    truth = mcmc if exact is None else exact
-    assert truth is not None
     _frame(ax, truth.mean[datum, :2].double(), truth.sd[datum, :2].double(), datum, guide)
     return ax
 

@@ -87,8 +87,8 @@ def bounds(
             figures.append(_figures(part.log_weight.double().cpu()))
             kept.append({name: value[:keep].cpu() for name, value in part.latents.items()})
     sites = {name: torch.cat([part[name] for part in kept], 1).unsqueeze(0) for name in kept[0]}
-    columns = (torch.cat(column) for column in zip(*figures, strict=True))
-    return Bounds(*columns, draws=Draws(sites, method="guide"))
+    elbo, elbo_se, iwae, iwae_se, ess, khat = (torch.cat(c) for c in zip(*figures, strict=True))
+    return Bounds(elbo, elbo_se, iwae, iwae_se, ess, khat, Draws(sites, method="guide"))
 
 
 def _figures(log_weight: Tensor) -> tuple[Tensor, ...]:
