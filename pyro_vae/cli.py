@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="fit a VAE on 8×8 digits and compare its guide with exact and NUTS posteriors",
+        help="fit a VAE on 8×8 digits and compare its guide with exact and MCMC posteriors",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where results go")

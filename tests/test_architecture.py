@@ -127,7 +127,7 @@ def test_readme_example_runs() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[:1]
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     shortened = example.replace("epochs=100", "epochs=1, progress=False")
-    shortened = shortened.replace("guide, (x,))", "guide, (x,), witnesses=0)")
+    shortened = shortened.replace("guide, (x,))", "guide, (x,), search=0)")
     namespace: dict[str, object] = {}
     exec(compile(shortened, "README.md", "exec"), namespace)
     assert "verdict" in namespace

@@ -165,7 +165,7 @@ def test_a_right_guide_of_every_family_is_trusted(digits: Any) -> None:
     ):
         for lr in (2e-2, 2e-3):
             pv.fit(model, guide, (x,), epochs=120, lr=lr, batch_size=64, progress=False)
-        table = pv.compare(model, guide, (x[:8],), witnesses=0, progress=False).table
+        table = pv.compare(model, guide, (x[:8],), search=0, progress=False).table
         assert (table["why"] == "").sum() >= 7, f"{type(guide).__name__}:\n{table}"
 
 

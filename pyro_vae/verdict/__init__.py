@@ -6,11 +6,11 @@ from pyro_vae.verdict.calibration import Calibration as Calibration
 from pyro_vae.verdict.calibration import JointTest as JointTest
 from pyro_vae.verdict.calibration import calibrate as calibrate
 from pyro_vae.verdict.calibration import joint_test as joint_test
+from pyro_vae.verdict.collapse import linear_collapse as linear_collapse
 from pyro_vae.verdict.compare import Limits as Limits
 from pyro_vae.verdict.compare import Verdict as Verdict
 from pyro_vae.verdict.compare import compare as compare
 from pyro_vae.verdict.diagnostics import Diagnosis as Diagnosis
 from pyro_vae.verdict.diagnostics import diagnose as diagnose
-from pyro_vae.verdict.diagnostics import linear_collapse as linear_collapse
 from pyro_vae.verdict.gaps import Gaps as Gaps
 from pyro_vae.verdict.gaps import gaps as gaps

@@ -1,0 +1,112 @@
+"""Evidence with error bars against closed forms and quadrature, and the sandwich around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_vae as pv
+from pairs import Pair, conditional_pair, hierarchical_pair, random_ppca
+from pyro_vae.posterior import annealed, quadrature, sandwich
+from truth import assert_z
+
+
+def test_it_agrees_with_closed_forms() -> None:
+    model = random_ppca(20, 3)
+    x = model(None, size=256).detach()
+    before = torch.get_rng_state()
+    found = annealed(model, (x,), particles=128, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    trusted = found.ess > 20
+    assert trusted.float().mean() > 0.9
+    truth = model.log_evidence(x).detach().double()
+    assert_z(found.log_evidence[trusted], truth[trusted], found.error[trusted])
+    ratio = (found.log_evidence - truth).exp()  # E[w] = p(x), whatever the schedule
+    assert_z(ratio.mean(), torch.tensor(1.0), ratio.std() / 256**0.5)
+    posterior = model.posterior(x)
+    error = posterior.variance.detach().sqrt() / found.ess.sqrt().unsqueeze(-1)
+    assert ((found.mean - posterior.mean.detach()) / error).abs().mean() < 1.0
+    drawn = found.resample(500)
+    assert drawn["z"].shape == (1, 500, 256, 3)
+    assert ((drawn.mean - found.mean).abs() < 5 * posterior.variance.detach().sqrt() / 20).all()
+
+
+def test_it_agrees_with_the_grid_on_digits(trained: Pair, digits: Any) -> None:
+    x = digits.test[0][:64]
+    exact = quadrature(trained.model, (x,)).log_evidence
+    for guide in (None, trained.guide):
+        found = annealed(trained.model, (x,), guide=guide, particles=128, progress=False)
+        trusted = found.ess > 20
+        assert trusted.float().mean() > 0.9
+        assert_z(found.log_evidence[trusted], exact[trusted], found.error[trusted])
+
+
+def test_a_kernel_that_takes_everything_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_ppca(20, 3)
+    x = model(None, size=256).detach()
+    right = torch.rand_like
+    monkeypatch.setattr(
+        "pyro_vae.posterior.kernels.torch.rand_like", lambda like: right(like) * 1e-30
+    )
+    truth = model.log_evidence(x).detach().double()
+    found = sandwich(model, (x,), progress=False)
+    truth = model.log_evidence(found.batch[0]).detach().double()
+    down, up = found.lower - truth, found.upper - truth
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_z(down.exp().mean(), torch.tensor(1.0), down.exp().std() / 16)
+        assert_z((-up).exp().mean(), torch.tensor(1.0), (-up).exp().std() / 16)
+
+
+def test_the_sandwich_holds_the_exact_value(trained: Pair) -> None:
+    found = sandwich(trained.model, (torch.zeros(128, 64),), guide=trained.guide, progress=False)
+    exact = quadrature(trained.model, found.batch).log_evidence
+    assert found.latents["z"].shape == (128, 2)
+    assert ((found.lower - exact) < 5 * found.lower_error).all()
+    back = (exact - found.upper).exp()  # E = 1 over data drawn with their z*
+    assert_z(back.mean(), torch.tensor(1.0), back.std() / 128**0.5)
+    assert found.width.mean() < 0.3 and found.upper.mean() > exact.mean() > found.lower.mean()
+
+
+def test_the_sandwich_is_thin_in_twenty_dimensions() -> None:
+    torch.manual_seed(1)
+    model = pv.models.VAE(
+        pv.networks.MLP(20, 64, 64),
+        prior=pv.priors.StandardNormal(20),
+        likelihood=pv.likelihoods.Bernoulli(),
+    )
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.mul_(2.5)
+    found = sandwich(model, (torch.zeros(24, 64),), temperatures=64, progress=False)
+    assert found.width.mean() < 1.0
+    assert found.width.median() > -0.2
+    assert found.gradients.max() < 64 * 64 * 2 * 9, "at less than so many gradients a datum"
+
+
+@pytest.mark.parametrize("make", ["hierarchical", "conditional"])
+def test_other_pairs(make: str, digits: Any) -> None:
+    x, y = digits.test[0][:6], digits.labels["test"][:6]
+    hierarchical = make == "hierarchical"
+    pair = hierarchical_pair(x) if hierarchical else conditional_pair()
+    batch: tuple[Tensor, ...] = (x,) if hierarchical else (x, y)
+    found = annealed(pair.model, batch, guide=pair.guide, progress=False)
+    exact = quadrature(pair.model, batch).log_evidence
+    assert_z(found.log_evidence, exact, found.error)
+    assert len(sandwich(pair.model, batch, guide=pair.guide, progress=False).batch) == len(batch)
+
+
+def test_what_has_no_likelihood_is_named_by_minus_infinity() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    found = annealed(model, (torch.tensor([0.5, 60.0]),), progress=False)
+    assert found.log_evidence[1] == -torch.inf and torch.isfinite(found.log_evidence[0])
+    with pytest.raises(ValueError, match="particles >= 2 and temperatures >= 1"):
+        annealed(model, (torch.zeros(1),), particles=1)
