@@ -19,6 +19,8 @@ import ctypes
 import json
 import math
 import platform
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -422,18 +424,54 @@ def write_json(rows: list[Row], ratios: dict[str, float]) -> None:
 
 
 def scale() -> None:
-    """Cost against the number of data: rows drawn with replacement from the 1,000."""
+    """Cost against the number of data, draws on disk: rows drawn with replacement.
+
+    Memory is the anonymous part of the process: pages of the files are the system's to drop.
+    """
     model, guide, x = trained()
     generator = torch.Generator().manual_seed(0)
-    print("| data | seconds | ms per datum | ESS/s | R-hat > 1.01 | peak MiB |")
-    print("|" + "---|" * 6)
+    table = []
+    print("| data | seconds | ms per datum | memory MiB | on disk MiB |")
+    print("|" + "---|" * 5, flush=True)
     for size in (10, 100, 1000, 10_000, 100_000):
         rows = x[torch.randint(len(x), (size,), generator=generator)]
-        row = measure("ours", lambda x: ours(model, guide, x, draws=250), rows)
-        print(
-            f"| {size:,} | {row.seconds:.2f} | {1e3 * row.seconds / size:.3f} "
-            f"| {row.ess_per_second:,.0f} | {row.unconverged:.1%} | {row.peak_mib:,.0f} |"
-        )
+        with tempfile.TemporaryDirectory() as folder, _AnonymousMemory() as memory:
+            start = time.perf_counter()
+            pv.posterior.hmc(
+                model, (rows,), guide=guide, chains=CHAINS, draws=250, folder=folder,
+                progress=False,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            disk = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20
+        table.append([size, seconds, 1e3 * seconds / size, memory.peak, disk])
+        print("| {:,} | {:.2f} | {:.2f} | {:,.0f} | {:,.0f} |".format(*table[-1]), flush=True)
+    names = ("data", "seconds", "ms_per_datum", "memory_mib", "disk_mib")
+    record = [dict(zip(names, row, strict=True)) for row in table]
+    path = Path(__file__).parent / "results" / "posterior_scale.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+class _AnonymousMemory(threading.Thread):
+    """The highest anonymous memory of this process meanwhile, MiB."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.done = 0.0, threading.Event()
+
+    def __enter__(self) -> _AnonymousMemory:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look every tenth of a second."""
+        while not self.done.wait(0.1):
+            status = Path("/proc/self/status").read_text()
+            (kib,) = (line.split()[1] for line in status.splitlines() if "RssAnon" in line)
+            self.peak = max(self.peak, int(kib) / 1024)
 
 
 def main() -> None:

@@ -279,7 +279,7 @@ def _tuned(base: Base, particles: int, temperatures: int) -> _Schedule:
     betas = torch.stack([torch.zeros_like(pilot.rungs[0].beta), *(r.beta for r in pilot.rungs)])
     step_sizes = torch.stack([rung.step_size for rung in pilot.rungs])
     metrics = torch.stack([rung.metric for rung in pilot.rungs])
-    length = (betas < 1).sum(0)  # rungs of each datum
+    length = (betas < 1).sum(0).clamp_max(len(pilot.rungs))  # rungs of each datum
     row = torch.arange(betas.shape[1])
     rungs = []
     for t in range(1, temperatures + 1):

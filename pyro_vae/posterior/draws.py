@@ -84,19 +84,24 @@ class Draws:
         """Why the draws of a datum are not to be averaged; empty where they are.
 
         R-hat at most 1.01, bulk and tail ESS at least 400 (100 a chain in four), less than 1 %
-        of the draws diverging, and finite. With groups of chains R-hat alone is asked.
+        of the draws diverging, and finite. With groups of M chains each, R-hat alone is asked,
+        at most √(1.02 + 1/M), as the means of so few chains differ by chance.
 
         References:
             Aki Vehtari, Andrew Gelman, Daniel Simpson, Bob Carpenter, Paul-Christian Bürkner.
             *Rank-Normalization, Folding, and Localization: An Improved R-hat*, 2021.
         """
-        count = next(iter(self.sites.values())).shape[2]
+        chains, _, count = next(iter(self.sites.values())).shape[:3]
+        groups = self.superchains
+        limit = 1.01 if groups is None else (1.02 + groups / chains) ** 0.5
         finite = self._by_site(lambda v: torch.isfinite(v).flatten(0, 1).all(0)).bool().all(1)
         still = self._by_site(lambda v: (v == v[:1, :1]).flatten(0, 1).all(0)).bool().any(1)
         reasons = {
             "no likelihood anywhere": ~finite,
             "chains never moved": finite & still,
-            "R-hat above 1.01": finite & ~still & ~(_worst(self.rhat, torch.amax) <= 1.01),
+            f"R-hat above {limit:.2f}": finite
+            & ~still
+            & ~(_worst(self.rhat, torch.amax) <= limit),
         }
         if self.superchains is None:
             size = torch.minimum(_worst(self.ess, torch.amin), _worst(self.ess_tail, torch.amin))

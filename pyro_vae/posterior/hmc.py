@@ -191,11 +191,11 @@ def _sample(
     count = len(cloud.possible)
     kept = torch.full((chains, draws, count, target.size), torch.nan, dtype=target.dtype)
     stats = {
-        "acceptance_rate": torch.zeros(chains, draws, count),
+        "acceptance_rate": torch.zeros(chains, draws, count, dtype=torch.float32),
         "diverging": torch.zeros(chains, draws, count, dtype=torch.bool),
     }
     names = ("step_size", "jump_rate", "period", "gradients", "densities")
-    figures = {name: torch.zeros(count) for name in names}
+    figures = {name: torch.zeros(count, dtype=torch.float32) for name in names}
     index = cloud.possible.nonzero().flatten()
     if len(index):
         part = target.rows(index)
@@ -205,7 +205,7 @@ def _sample(
         figures["step_size"][index] = tuned.step_size.cpu().float()
         figures["jump_rate"][index] = tuned.jump_rate.cpu().float()
         figures["gradients"][index] = (
-            cloud.gradients[index].cpu() * len(cloud.position) + gradients * chains
+            cloud.gradients[index].cpu().float() * len(cloud.position) + gradients * chains
         )
         figures["densities"][index] = densities.cpu().float() + (warmup + draws) * chains
         for period, own in _groups(tuned.jump_rate):
@@ -216,7 +216,9 @@ def _sample(
             ):
                 slots = slice(first, first + len(block.position))
                 kept[:, slots, where] = block.position.movedim(0, 1).cpu()
-                stats["acceptance_rate"][:, slots, where] = block.acceptance.movedim(0, 1).cpu()
+                stats["acceptance_rate"][:, slots, where] = (
+                    block.acceptance.movedim(0, 1).cpu().float()
+                )
                 stats["diverging"][:, slots, where] = block.diverging.movedim(0, 1).cpu()
                 figures["gradients"][where] += float(block.gradients * chains)
                 first = slots.stop

@@ -32,6 +32,8 @@ class Base:
         self.normal = None
         if guide is not None:
             drawn = target.guide_draws(guide, max(100, 4 * target.size))
+            lost = ~torch.isfinite(drawn).all(0).all(-1)  # a guide that is broken for a datum
+            drawn[:, lost] = target.prior_draws(len(drawn))[:, lost]
             even = torch.ones(drawn.shape[:2]).to(drawn)
             mean, covariance = weighted_moments(drawn, even)
             prior_scale = target.prior_draws(32).std(0).amax(-1, keepdim=True)

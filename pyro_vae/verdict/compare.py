@@ -334,7 +334,9 @@ def compare(
         exact = posterior.quadrature(model, batch, seed=seed)
         rung = f"truth: quadrature, as there are {size} latent dimensions"
     else:
-        annealed = posterior.annealed(model, batch, guide=guide, seed=seed, progress=progress)
+        annealed = posterior.annealed(
+            model, batch, guide=guide, particles=256, seed=seed, progress=progress
+        )
         rung = (
             f"truth: annealed importance sampling and Hamiltonian Monte Carlo, as {size} latent "
             "dimensions are too many for quadrature"
