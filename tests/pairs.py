@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +44,38 @@ def guide_of(posterior: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
             pyro.sample("z", posterior(x))
 
     return guide
+
+
+def tilted() -> pv.models.PPCA:
+    """A model whose posterior has correlation −0.8."""
+    loadings = torch.tensor([[2.0, 2.0], [0.9, 0.0], [0.0, 0.9]])
+    return pv.models.PPCA(loadings, torch.zeros(3), noise=1.0)
+
+
+def wrong_guide(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
+    """The exact posterior of `tilted`, its mean and triangle changed."""
+    model = tilted()
+
+    def posterior(x: Tensor) -> Any:
+        right: Any = model.posterior(x)
+        mean, tril = change(right.mean, right.scale_tril)
+        return dist.MultivariateNormal(mean, scale_tril=tril)
+
+    return guide_of(posterior)
+
+
+def mirrored(mean: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
+    """The correlation with the other sign."""
+    flip = torch.tensor([1.0, -1.0])
+    return mean, torch.linalg.cholesky((tril @ tril.mT) * flip * flip.unsqueeze(-1))
+
+
+def two_levels(x: Tensor) -> None:
+    """z2 → z1 → x in plain Pyro, each given what is above with variance 1."""
+    with pyro.plate("data", len(x)):
+        z2 = pyro.sample("z2", dist.Normal(torch.full((1,), 3.0), 1.0).to_event(1))
+        z1 = pyro.sample("z1", dist.Normal(z2, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z1, 1.0).to_event(1), obs=x)
 
 
 PRIORS: dict[str, Callable[[Any, Tensor, int], nn.Module]] = {

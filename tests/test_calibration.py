@@ -12,38 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from pairs import conditional_pair, guide_of, quantized_pair
+from pairs import conditional_pair, mirrored, quantized_pair, tilted, wrong_guide
 from pyro_vae.log_joint import LogJoint
-from pyro_vae.models import PPCA
 from pyro_vae.verdict.calibration import Calibration, JointTest, calibrate, joint_test
 from truth import FAILURE_RATE, assert_z
 
 ROW = (torch.zeros(1, 3),)
 
 
-def _tilted() -> PPCA:
-    """A model whose posterior has correlation −0.8."""
-    return PPCA(torch.tensor([[2.0, 2.0], [0.9, 0.0], [0.0, 0.9]]), torch.zeros(3), noise=1.0)
-
-
-def _guide(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
-    model = _tilted()
-
-    def posterior(x: Tensor) -> Any:
-        right: Any = model.posterior(x)
-        mean, tril = change(right.mean, right.scale_tril)
-        return dist.MultivariateNormal(mean, scale_tril=tril)
-
-    return guide_of(posterior)
-
-
 def _sd(tril: Tensor) -> Tensor:
     return tril.square().sum(-1).sqrt()
-
-
-def _mirrored(mean: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
-    flip = torch.tensor([1.0, -1.0])
-    return mean, torch.linalg.cholesky((tril @ tril.mT) * flip * flip.unsqueeze(-1))
 
 
 def _prior(mean: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,12 +41,12 @@ RIGHT = "calibrated"
         pytest.param(lambda m, t: (m + 0.5 * _sd(t), t), ["biased high", "biased high", "", "wrong"], id="shifted"),
         pytest.param(lambda m, t: (m - 4 * _sd(t), t), ["biased low", "biased low", "", "wrong"], id="far off"),
         pytest.param(lambda m, t: (-m, t), ["too narrow", "too narrow", "", "wrong"], id="reversed"),
-        pytest.param(_mirrored, [RIGHT, RIGHT, "biased high", "wrong"], id="mirrored"),
+        pytest.param(mirrored, [RIGHT, RIGHT, "biased high", "wrong"], id="mirrored"),
         pytest.param(_prior, [RIGHT, RIGHT, RIGHT, "wrong"], id="prior"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(change: Any, words: list[str]) -> None:
-    found = calibrate(_tilted(), _guide(change), ROW)
+    found = calibrate(tilted(), wrong_guide(change), ROW)
     table = found.summary(FAILURE_RATE)
     assert table.index.tolist() == ["z[0]", "z[1]", "z[0] × z[1]", "log p(x, z)"]
     for name, word, expected in zip(table.index, table["verdict"], words, strict=True):
@@ -77,7 +55,7 @@ def test_what_is_wrong_is_named(change: Any, words: list[str]) -> None:
 
 
 def test_a_right_guide_has_uniform_ranks_and_honest_intervals() -> None:
-    found = calibrate(_tilted(), _guide(lambda m, t: (m, t)), ROW, replicates=4000, draws=99)
+    found = calibrate(tilted(), wrong_guide(lambda m, t: (m, t)), ROW, replicates=4000, draws=99)
     assert found.ranks.shape == (4000, 4) and found.ranks.min() == 0 and found.ranks.max() == 99
     table = found.summary()
     scale = torch.tensor(4000.0)
@@ -97,8 +75,8 @@ def test_a_right_guide_has_uniform_ranks_and_honest_intervals() -> None:
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.7, 0.0), (2.0, 0.0), (1.0, 0.5), (1.5, -1.0)])
 def test_shift_and_width_are_those_of_a_gaussian_guide(scale: float, shift: float) -> None:
-    guide = _guide(lambda m, t: (m + shift * scale * _sd(t), scale * t))
-    table = calibrate(_tilted(), guide, ROW, replicates=1000, draws=1000).summary()
+    guide = wrong_guide(lambda m, t: (m + shift * scale * _sd(t), scale * t))
+    table = calibrate(tilted(), guide, ROW, replicates=1000, draws=1000).summary()
     for column, truth in (("shift", shift), ("width", scale)):
         values, errors = (
             torch.tensor(table[name][:2].to_numpy()) for name in (column, f"{column}_se")
@@ -200,9 +178,9 @@ def test_equal_draws_share_their_ranks_at_random() -> None:
 def test_chunks_and_seeds() -> None:
     options: Any = {"replicates": 100, "draws": 40}
     before = torch.get_rng_state()
-    one, again = (calibrate(_tilted(), _guide(_mirrored), ROW, **options) for _ in range(2))
-    other = calibrate(_tilted(), _guide(_mirrored), ROW, seed=1, **options)
-    pieces = calibrate(_tilted(), _guide(_mirrored), ROW, chunk=300, **options)
+    one, again = (calibrate(tilted(), wrong_guide(mirrored), ROW, **options) for _ in range(2))
+    other = calibrate(tilted(), wrong_guide(mirrored), ROW, seed=1, **options)
+    pieces = calibrate(tilted(), wrong_guide(mirrored), ROW, chunk=300, **options)
     assert torch.equal(one.uniform, again.uniform) and not torch.equal(one.ranks, other.ranks)
     assert pieces.ranks.shape == one.ranks.shape
     assert torch.equal(torch.get_rng_state(), before)
@@ -210,7 +188,7 @@ def test_chunks_and_seeds() -> None:
 
 
 def test_it_draws_and_prints(tmp_path: Path) -> None:
-    found = calibrate(_tilted(), _guide(_mirrored), ROW)
+    found = calibrate(tilted(), wrong_guide(mirrored), ROW)
     axes = found.plot()
     assert len(axes.lines) == 4 and axes.get_legend() is not None
     figure: Any = axes.figure
@@ -222,7 +200,7 @@ def test_it_draws_and_prints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"replicates": 10}, {"draws": 5}], ids=str)
 def test_too_few_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="calibrate wants replicates >= 50"):
-        calibrate(_tilted(), _guide(_mirrored), ROW, **options)
+        calibrate(tilted(), wrong_guide(mirrored), ROW, **options)
 
 
 def _positive(x: Tensor) -> None:
@@ -277,7 +255,7 @@ PLAIN = (torch.zeros(1),)
 
 @pytest.mark.parametrize(
     ("model", "batch", "functions"),
-    [(_positive, PLAIN, 7), (_two_levels, PLAIN, 7), (_tilted(), ROW, 7)],
+    [(_positive, PLAIN, 7), (_two_levels, PLAIN, 7), (tilted(), ROW, 7)],
 )
 def test_a_right_kernel_passes(model: Any, batch: Any, functions: int) -> None:
     before = torch.get_rng_state()

@@ -19,7 +19,10 @@ from pairs import (
     conditional_pair,
     guide_of,
     hierarchical_pair,
+    mirrored,
     quantized_pair,
+    tilted,
+    wrong_guide,
 )
 from pyro_vae.models import PPCA
 from pyro_vae.verdict.collapse import linear_collapse
@@ -219,41 +222,22 @@ def test_noise_of_draws_makes_no_unit_active(double: None, draws: int) -> None:
     assert torch.equal(units.active, slope > 0)
 
 
-def _tilted() -> PPCA:
-    """A model whose posterior has correlation −0.8."""
-    return PPCA(torch.tensor([[2.0, 2.0], [0.9, 0.0], [0.0, 0.9]]), torch.zeros(3), noise=1.0)
-
-
-def _changed(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
-    def posterior(x: Tensor) -> Any:
-        right: Any = _tilted().posterior(x)
-        mean, tril = change(right.mean, right.scale_tril)
-        return dist.MultivariateNormal(mean, scale_tril=tril)
-
-    return guide_of(posterior)
-
-
-def _mirrored(mean: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
-    flip = torch.tensor([1.0, -1.0])
-    return mean, torch.linalg.cholesky((tril @ tril.mT) * flip * flip.unsqueeze(-1))
-
-
 @pytest.mark.parametrize(
     "change",
     [
         pytest.param(lambda m, t: (m, 0.2 * t), id="narrow"),
         pytest.param(lambda m, t: (m + 1.0, t), id="shifted"),
-        pytest.param(_mirrored, id="mirrored"),
+        pytest.param(mirrored, id="mirrored"),
     ],
 )
 def test_the_aggregate_of_a_wrong_guide_is_further_from_the_prior(change: Any) -> None:
-    x = _tilted()(None, size=500).detach()
-    right = diagnose(_tilted(), _changed(lambda m, t: (m, t)), (x,), draws=4, seed=1)
-    wrong = diagnose(_tilted(), _changed(change), (x,), draws=4, seed=1)
+    x = tilted()(None, size=500).detach()
+    right = diagnose(tilted(), wrong_guide(lambda m, t: (m, t)), (x,), draws=4, seed=1)
+    wrong = diagnose(tilted(), wrong_guide(change), (x,), draws=4, seed=1)
     assert right.surgery.marginal_kl is not None and wrong.surgery.marginal_kl is not None
     assert right.surgery.marginal_kl.value < 0.03
     assert wrong.surgery.marginal_kl.value - 5 * wrong.surgery.marginal_kl.se > 0.06
-    evidence = _tilted().log_evidence(x).mean().item()
+    evidence = tilted().log_evidence(x).mean().item()
     _same(right.elbo, evidence)
     assert right.elbo.se < 1e-5
     assert evidence - wrong.elbo.value > 5 * wrong.elbo.se

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pairs import Pair, random_ppca
+from pairs import Pair, random_ppca, two_levels
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.posterior import Draws, convergence, hmc, quadrature, sgld
 from pyro_vae.posterior import kernels as kernel
@@ -35,13 +35,6 @@ def _five_modes(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(weights), parts))
         pyro.sample("x", dist.Normal(z, 8.0).to_event(1), obs=x)
-
-
-def _two_levels(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z2 = pyro.sample("z2", dist.Normal(torch.full((1,), 3.0), 1.0).to_event(1))
-        z1 = pyro.sample("z1", dist.Normal(z2, 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z1, 1.0).to_event(1), obs=x)
 
 
 def _bounded(x: Tensor) -> None:
@@ -98,7 +91,7 @@ def test_five_separated_modes_come_out_with_the_right_weights() -> None:
 
 def test_two_sites_and_a_bounded_one() -> None:
     x = torch.randn(256, 1) * 2
-    draws = hmc(_two_levels, (x,), draws=400, progress=False)
+    draws = hmc(two_levels, (x,), draws=400, progress=False)
     assert list(draws.sites) == ["z2", "z1"]
     covariance = torch.tensor([[2.0, 1.0], [1.0, 2.0]]) / 3
     _holds(draws, torch.cat([(6 + x) / 3, (3 + 2 * x) / 3], 1), covariance.expand(256, 2, 2))
@@ -227,18 +220,18 @@ def _unadjusted(target: LogJoint, u: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("step", [_hamiltonian, _jump])
 def test_kernels_pass_the_joint_test(step: Any) -> None:
-    for model, x in ((_two_levels, torch.zeros(50, 1)), (_bounded, torch.zeros(50))):
+    for model, x in ((two_levels, torch.zeros(50, 1)), (_bounded, torch.zeros(50))):
         assert joint_test(model, (x,), step, replicates=10_000).pvalue > 1e-3
 
 
 def test_broken_kernels_fail_the_joint_test(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(50, 1)
-    assert joint_test(_two_levels, (x,), _unadjusted, replicates=10_000).pvalue < 1e-6
+    assert joint_test(two_levels, (x,), _unadjusted, replicates=10_000).pvalue < 1e-6
     right = torch.rand_like
     monkeypatch.setattr(
         "pyro_vae.posterior.kernels.torch.rand_like", lambda like: right(like) * 1e-30
     )
-    assert joint_test(_two_levels, (x,), _jump, replicates=10_000).pvalue < 1e-6
+    assert joint_test(two_levels, (x,), _jump, replicates=10_000).pvalue < 1e-6
 
 
 def test_a_lost_jacobian_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pairs import Pair, digits_pair, guide_of
+from pairs import Pair, digits_pair, guide_of, mirrored, tilted, two_levels, wrong_guide
 from pyro_vae.models import PPCA
 from pyro_vae.posterior import quadrature
 from pyro_vae.verdict.bounds import bounds, pareto_khat
@@ -75,27 +74,6 @@ def test_bounds_in_chunks_are_the_same_draws_of_another_order(trained: Pair, dig
         bounds(trained.model, trained.guide, (x,), draws=1)
 
 
-def _tilted() -> PPCA:
-    """A model whose posterior has correlation −0.8."""
-    return PPCA(torch.tensor([[2.0, 2.0], [0.9, 0.0], [0.0, 0.9]]), torch.zeros(3), noise=1.0)
-
-
-def _guide(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
-    model = _tilted()
-
-    def posterior(x: Tensor) -> Any:
-        right: Any = model.posterior(x)
-        mean, tril = change(right.mean, right.scale_tril)
-        return dist.MultivariateNormal(mean, scale_tril=tril)
-
-    return guide_of(posterior)
-
-
-def _mirrored(mean: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
-    flip = torch.tensor([1.0, -1.0])
-    return mean, torch.linalg.cholesky((tril @ tril.mT) * flip * flip.unsqueeze(-1))
-
-
 @pytest.mark.parametrize(
     ("change", "reasons"),
     [
@@ -107,13 +85,13 @@ def _mirrored(mean: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
         ),
         pytest.param(lambda m, t: (m, 2.0 * t), {"too wide", "high KL"}, id="wide"),
         pytest.param(lambda m, t: (m + t.sum(-1), t), {"mean off", "high KL"}, id="shifted"),
-        pytest.param(_mirrored, {"high KL"}, id="mirrored"),
+        pytest.param(mirrored, {"high KL"}, id="mirrored"),
         pytest.param(lambda m, t: (-m, t), {"mean off", "high KL"}, id="reversed"),
     ],
 )
 def test_the_verdict_says_no_to_wrong_guides(change: Any, reasons: set[str]) -> None:
-    x = 2.0 + _tilted()(None, size=20).detach()
-    table = pv.compare(_tilted(), _guide(change), (x,), mcmc_draws=200, progress=False).table
+    x = 2.0 + tilted()(None, size=20).detach()
+    table = pv.compare(tilted(), wrong_guide(change), (x,), mcmc_draws=200, progress=False).table
     given = [set(why.split(", ")) - {""} for why in table["why"]]
     if not reasons:
         assert given == [set()] * 20
@@ -213,14 +191,6 @@ class _Evidence(NamedTuple):
         return torch.zeros_like(self.log_evidence)
 
 
-def _two_levels(x: Tensor) -> None:
-    """z2 → z1 → x, each given what is above with variance 1."""
-    with pyro.plate("data", len(x)):
-        z2 = pyro.sample("z2", dist.Normal(torch.full((1,), 3.0), 1.0).to_event(1))
-        z1 = pyro.sample("z1", dist.Normal(z2, 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z1, 1.0).to_event(1), obs=x)
-
-
 def _bottom_up(x: Tensor) -> None:
     """Its exact posterior, sampled in the other order."""
     with pyro.plate("data", len(x)):
@@ -230,7 +200,7 @@ def _bottom_up(x: Tensor) -> None:
 
 def test_sites_are_compared_by_name(double: None) -> None:
     x = torch.tensor([[-5.0], [9.0]])
-    verdict = pv.compare(_two_levels, _bottom_up, (x,), progress=False)
+    verdict = pv.compare(two_levels, _bottom_up, (x,), progress=False)
     table = verdict.table
     assert (table["kl"].abs() < 1e-6).all() and (table["why"] == "").all()
     assert table["guide_mean_error"].abs().max() < 0.1
@@ -240,7 +210,7 @@ def test_sites_are_compared_by_name(double: None) -> None:
 
 
 def test_nothing_that_is_not_finite_is_trusted() -> None:
-    model = _tilted()
+    model = tilted()
     x = torch.ones(12, 3)
     x[9] = 2.0
 
@@ -257,7 +227,7 @@ def test_nothing_that_is_not_finite_is_trusted() -> None:
 
 
 def test_an_exact_guide_in_single_precision_has_light_weights() -> None:
-    model = _tilted()
+    model = tilted()
     x = model(None, size=6).detach()
     found = bounds(model, guide_of(model.posterior), (x,))
     assert (found.khat == -torch.inf).all()
