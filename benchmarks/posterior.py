@@ -9,15 +9,15 @@ may use, one sampler at a time: `taskset -c 0 python …` measures on one core.
 
 The measure is ESS per second, warm-up counted, compilation apart. A datum's ESS is the smallest
 over coordinates of those of z and of z² (antithetic chains flatter the first alone), of plain
-split chains; it is summed over data. Sizes are interleaved, the median of 3 repeats is kept.
+split chains; it is summed over data. Sizes are interleaved; the median of 3 repeats is kept.
 
 What bounds ours at 1,000 data: 4,650 densities and 1,080 gradients a datum, 1.9 and 0.5 for each
-effective draw, against 4.3 gradients of the fastest peer, whose compiler fuses what we run eagerly.
-A density is 50 kflop and passes about 5 kB of activations, a gradient twice and three times that:
-0.34 Tflop and 40 GB in 8.7 s. The matrix products take 4.3 s of them (80 Gflop/s on two cores,
-about their peak), elementwise passes in the caches 2.6 s, Pyro's handlers and bookkeeping 1.8 s.
-Were all but the products free, the ratio to the peer would be 2.6: twice the peer needs a graph
-that is captured and fused.
+effective draw, against 4.3 gradients of the fastest peer, whose compiler fuses what we run
+eagerly. A density is 50 kflop and passes about 5 kB of activations, a gradient twice and three
+times that: 0.34 Tflop and 40 GB in 8.7 s. The matrix products take 4.3 s of them (80 Gflop/s on
+two cores, about their peak), elementwise passes in the caches 2.6 s, Pyro's handlers and
+bookkeeping 1.8 s. Were all but the products free, the ratio to the peer would be 2.6: twice the
+peer needs a graph that is captured and fused.
 """
 
 from __future__ import annotations
