@@ -317,31 +317,8 @@ def memory(field: str) -> float:
 def datum_ess(draws: Tensor) -> Tensor:
     """The smallest ESS of z and z² over coordinates, `(C, T, B, L)` to `(B,)`; 0 if stuck."""
     chains = draws.double()
-    return torch.cat([geyer_ess(chains), geyer_ess(chains.square())], -1).min(-1).values
-
-
-def geyer_ess(chains: Tensor) -> Tensor:
-    """ESS of a mean by Geyer's initial monotone sequence on split chains, `(C, T, ...)`.
-
-    As ArviZ's `ess(method="mean")`, vectorised.
-    """
-    half = chains.shape[1] // 2
-    halves = torch.cat([chains[:, :half], chains[:, -half:]])
-    spectrum = torch.fft.rfft(halves - halves.mean(1, keepdim=True), n=2 * half, dim=1)
-    power = spectrum.abs().square()
-    covariance = torch.fft.irfft(power, n=2 * half, dim=1)[:, :half].mean(0) / half
-    within = covariance[0] * half / (half - 1)
-    total = covariance[0] + halves.mean(1).var(0)
-    correlation = 1 - (within - covariance) / total
-    correlation[0] = 1.0
-    couples = correlation[: half // 2 * 2].unflatten(0, (-1, 2))
-    pairs = couples.sum(1)
-    positive = (pairs > 0).cummin(0).values
-    end = positive.sum(0, keepdim=True).clamp_max(len(pairs) - 1)
-    last = couples[:, 0].gather(0, end).squeeze(0).clamp_min(0)
-    time_constant = 2 * (pairs.cummin(0).values * positive).sum(0) + last - 1
-    count = halves.shape[0] * half
-    return (count / time_constant.clamp_min(1 / math.log10(count))).nan_to_num(0.0)
+    each = [convergence.ess_mean(power) for power in (chains, chains.square())]
+    return torch.cat(each, -1).nan_to_num(0.0).min(-1).values
 
 
 def trained() -> tuple[Any, Any, Tensor]:

@@ -195,7 +195,7 @@ def test_global_and_discrete_latents_are_refused() -> None:
 def _hamiltonian(target: LogJoint, u: Tensor) -> Tensor:
     rows = u.shape[1]
     step, metric = torch.full((rows,), 0.7), torch.eye(u.shape[2]).expand(rows, -1, -1)
-    return kernel.hamiltonian(target, kernel.value(target, u), step, metric, 3).state.position
+    return kernel.hamiltonian(target, State(u, target(u)), step, metric, 3).state.position
 
 
 def _jump(target: LogJoint, u: Tensor) -> Tensor:
@@ -205,9 +205,9 @@ def _jump(target: LogJoint, u: Tensor) -> Tensor:
         (1.5 * torch.eye(u.shape[2])).expand(u.shape[1], 1, -1, -1),
     )
     proposed = wide.sample(2).unsqueeze(1)  # (n, C, B, L)
-    scored = kernel.value(target, proposed.squeeze(1))
+    scored = State(proposed.squeeze(1), target(proposed.squeeze(1)))
     state = State(proposed, scored.log_density.unsqueeze(1))
-    here = kernel.value(target, u)
+    here = State(u, target(u))
     log_g = wide.log_prob(proposed.squeeze(1)).unsqueeze(1)
     chain, _, _ = kernel.jump(here, wide.log_prob(u), state, log_g)
     return chain.position[-1]

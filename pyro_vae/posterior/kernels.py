@@ -42,12 +42,6 @@ class Transition(NamedTuple):
     """energy lost or won by more than 1,000 nats, `(C, B)`"""
 
 
-def value(log_density: LogDensity, position: Tensor) -> State:
-    """Score positions; what is not a number has no density."""
-    with torch.no_grad():
-        return State(position, _definite(log_density(position)))
-
-
 def hamiltonian(
     log_density: LogDensity, state: State, step_size: Tensor, metric: Tensor, steps: int
 ) -> Transition:
