@@ -1,12 +1,9 @@
-"""Networks, likelihoods, priors, guides and data: shapes, normalisers, refusals."""
+"""Networks, likelihoods, priors and guides: shapes, normalisers, refusals."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -126,97 +123,3 @@ def test_closed_gaussian_kl_is_that_of_torch_and_of_monte_carlo(double: None) ->
         mean, torch.diag_embed(sd.square()), other_mean, torch.diag_embed(other_sd.square())
     )
     torch.testing.assert_close(diagonal, normal_kl(mean, sd, other_mean, other_sd))
-
-
-def test_digits_are_real_split_and_binary(digits: pv.data.Dataset) -> None:
-    from sklearn.datasets import load_digits
-
-    everything = torch.cat([digits.train[0], digits.validation[0], digits.test[0]])
-    assert sum(len(part) for part in digits.labels.values()) == len(everything) == 1797
-    assert everything.unique().tolist() == [0, 1]
-    assert everything.sum() == float((load_digits().data > 8).sum())
-    grey = pv.data.load("digits", binarize=None)
-    assert grey.train[0].unique().numel() == 17 and grey.train[0].max() == 1
-    assert torch.equal((grey.test[0] > 0.5).float(), digits.test[0])
-    assert torch.equal(pv.data.load("digits").train[0], digits.train[0])
-    assert digits.observed == 64
-
-
-def test_static_binarisation_is_fixed_and_right() -> None:
-    grey = torch.full((10_000, 1), 0.3)
-    once, again = pv.data.bernoulli(0)(grey), pv.data.bernoulli(0)(grey)
-    assert torch.equal(once, again)
-    assert not torch.equal(once, pv.data.bernoulli(1)(grey))
-    assert_z(once.mean(), torch.tensor(0.3), torch.tensor((0.3 * 0.7 / 10_000) ** 0.5))
-
-
-def test_labels_follow_their_rows() -> None:
-    x = np.arange(100.0)[:, None].repeat(3, 1)
-    data = pv.data.from_array(x, np.arange(100)).with_labels()
-    for rows, labels in (data.train, data.validation, data.test):
-        assert torch.equal(rows[:, 0].long(), labels)
-    with pytest.raises(ValueError, match="has no labels"):
-        pv.data.from_array(x).with_labels()
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: pv.data.load("mnits"), "unknown data set 'mnits'"),
-        (lambda: pv.data.from_array(np.zeros((0, 3))), "empty"),
-        (lambda: pv.data.from_array(np.full((10, 3), np.nan)), "NaN"),
-        (lambda: pv.data.from_array(np.zeros((10, 3)), np.zeros(9)), "uneven"),
-        (lambda: pv.data.from_array(np.zeros((4, 3))), "leaves a split empty"),
-        (lambda: pv.data.from_array(np.zeros((40, 3)), held_out=0.5), "leaves a split empty"),
-    ],
-    ids=["name", "empty", "nan", "uneven", "few", "held out"],
-)
-def test_bad_arrays(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
-)
-def test_real_sets_by_torchvision(name: str, folder: str, real_data: Path, tmp_path: Path) -> None:
-    raw = tmp_path / folder / "raw"
-    raw.mkdir(parents=True)
-    for archive in (real_data / folder / "raw").glob("*.gz"):
-        (raw / archive.name).symlink_to(archive)
-    with pytest.raises(FileNotFoundError, match=rf"{folder}/raw\n.*download=True"):
-        pv.data.load(name, root=tmp_path)
-    data = pv.data.load(name, root=tmp_path, download=True, binarize=None)
-    assert [len(part[0]) for part in (data.train, data.validation, data.test)] == [
-        50_000,
-        10_000,
-        10_000,
-    ]
-    mean = {"mnist": 0.1307, "fashion_mnist": 0.2860}[name]
-    assert torch.cat([data.train[0], data.validation[0]]).mean().item() == pytest.approx(
-        mean, abs=1e-4
-    )
-    assert data.labels["test"].bincount().tolist()[0] in (980, 1000)
-    assert pv.data.load(name, root=tmp_path).test[0].unique().tolist() == [0, 1]
-
-
-def test_a_torchvision_of_another_release_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        def find_spec(self, name: str, *_: object) -> None:
-            if name == "torchvision":
-                raise RuntimeError("operator torchvision::nms does not exist")
-
-    for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    with pytest.raises(
-        ImportError, match=r"cannot be imported beside torch .* install them together"
-    ):
-        pv.data.load("mnist", root="anywhere")
-
-
-def test_a_set_needs_a_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYRO_VAE_DATA", raising=False)
-    with pytest.raises(ValueError, match=r"no folder to find 'mnist' in\n.*PYRO_VAE_DATA"):
-        pv.data.load("mnist")
