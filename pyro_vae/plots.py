@@ -19,7 +19,7 @@ from pyro_vae.posterior.draws import Draws
 from pyro_vae.posterior.quadrature import Quadrature
 
 if TYPE_CHECKING:
-    from pyro_vae.svi.fit import Run
+    from pyro_vae.svi import Run
 
 GUIDE, MCMC, DENSITY = "#d1495b", "#22223b", "Blues"
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"pair"},
+    {"pair", "capture", "atomic"},
     {"log_joint"},
     {"checks", "networks", "flows"},
     {"likelihoods", "priors", "data"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae import __version__
+from pyro_vae.atomic import replace_file
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import preserved_rng
 
@@ -119,7 +119,7 @@ class _DiskStore(_Store):
             array.flush()
         arrays = [(n, (k, list(a.shape))) for k in (0, 1) for n, a in self.arrays[k].items()]
         self.record |= {"finished": self.finished, "arrays": dict(arrays)}
-        replace_text(self.folder / "run.json", json.dumps(self.record, indent=1))
+        replace_file(self.folder / "run.json", json.dumps(self.record, indent=1))
 
     def allocate(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         dtype = like.numpy().dtype
@@ -132,16 +132,6 @@ class _DiskStore(_Store):
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never half of either."""
-    draft = path.with_suffix(path.suffix + ".tmp")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _identity(target: LogJoint) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import detach
+from pyro.distributions.util import detach, scale_and_mask
 from pyro.infer import Trace_ELBO
-from pyro.infer.trace_mean_field_elbo import TraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
@@ -41,15 +40,25 @@ class Objective(Trace_ELBO):
         if not isinstance(draws, int) or draws < 1:
             raise ValueError(f"draws must be an integer >= 1; got {draws!r}")
         super().__init__(num_particles=draws, vectorize_particles=True, max_plate_nesting=1)
+        self.step = 0
 
     def per_datum(self, found: LogDensities) -> Tensor:
         """The quantity to maximise, from `(S, B)` densities to `(B,)` nats."""
         raise NotImplementedError
 
-    def differentiable_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
-        """Minus the sum over data, with gradients."""
+    def at(self, step: int) -> None:
+        """Put in place what varies with the step, counted from 0; here nothing does."""
+
+    def tensor_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
+        """Minus the sum over data, by operations on tensors alone: it can be recorded."""
         found = log_densities(model, guide, batch, self.num_particles)
         return -_common(found, self) * (self.per_datum(found) - found.factors.mean(0)).sum()
+
+    def differentiable_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
+        """Minus the sum over data; with gradients on, it counts as a step."""
+        self.at(self.step)
+        self.step += torch.is_grad_enabled()
+        return self.tensor_loss(model, guide, *batch)
 
     def loss(self, model: Model, guide: Guide, *batch: Any) -> float:
         """Minus the sum over data, without gradients."""
@@ -61,6 +70,32 @@ class Objective(Trace_ELBO):
         loss = self.differentiable_loss(model, guide, *batch)
         loss.backward()
         return loss.item()
+
+
+class ELBO(Objective):
+    """What `Trace_ELBO` estimates for a reparameterized guide, by operations on tensors alone.
+
+    Args:
+        draws: particles for each datum.
+
+    Warning:
+        For a guide that is not reparameterized its gradient is wrong: `Trace_ELBO` adds the
+        score-function term.
+
+    References:
+        Diederik P. Kingma, Max Welling. *Auto-Encoding Variational Bayes*, 2014.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> model = pv.models.PPCA(torch.eye(3, 2), torch.zeros(3), noise=1.0)
+        >>> guide = pv.guides.NormalGuide(pv.networks.MLP(3, 4))
+        >>> ELBO()(model, guide)(torch.zeros(5, 3)).shape
+        torch.Size([])
+    """
+
+    def per_datum(self, found: LogDensities) -> Tensor:
+        """The mean over draws of log p(x, z) − log q(z | x)."""
+        return found.log_weight.mean(0)
 
 
 class Beta(Objective):
@@ -93,13 +128,16 @@ class Beta(Objective):
         if not callable(beta) and not 0 <= beta < math.inf:
             raise ValueError(f"beta must be >= 0 and finite; got {beta}")
         self.beta = beta
-        self.step = 0
+        self.weight = torch.zeros((), dtype=torch.float64)
+        self.at(0)
+
+    def at(self, step: int) -> None:
+        """Set β."""
+        self.weight.fill_(self.beta(step) if callable(self.beta) else self.beta)
 
     def per_datum(self, found: LogDensities) -> Tensor:
-        """Reconstruction minus β KL; a call with gradients counts as a step."""
-        beta = self.beta(self.step) if callable(self.beta) else self.beta
-        self.step += torch.is_grad_enabled()
-        return (found.likelihood - beta * (found.guide - found.prior)).mean(0)
+        """Reconstruction minus β KL."""
+        return (found.likelihood - self.weight * (found.guide - found.prior)).mean(0)
 
 
 def warm_up(steps: int, *, start: float = 0.0, end: float = 1.0) -> Callable[[int], float]:
@@ -115,7 +153,7 @@ def warm_up(steps: int, *, start: float = 0.0, end: float = 1.0) -> Callable[[in
     return lambda step: start + (end - start) * min(step / steps, 1.0)
 
 
-class AnalyticELBO(TraceMeanField_ELBO):
+class AnalyticELBO(Objective):
     """The ELBO with closed KL terms, refused where they are biased or not known.
 
     Valid for one latent site, and for several if the guide samples them in the model's order:
@@ -139,30 +177,13 @@ class AnalyticELBO(TraceMeanField_ELBO):
         torch.Size([])
     """
 
-    def __init__(self, *, draws: int = 1) -> None:
-        super().__init__(num_particles=draws, vectorize_particles=True, max_plate_nesting=1)
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        traces = super(TraceMeanField_ELBO, self)._get_trace(model, guide, args, kwargs)
-        ours, theirs = (latent_sites(trace) for trace in traces)
-        order, other = ([site["name"] for site in sites] for sites in (ours, theirs))
-        if order != other:
-            raise ValueError(
-                "closed KL terms are biased for this guide: it samples in another order"
-                f"\n  expected: {order}, as the model\n  got:      {other}"
-                "\n  try:      Trace_ELBO(), or a guide from the top down"
-            )
-        for site, twin in zip(ours, theirs, strict=True):
-            try:
-                kl_divergence(twin["fn"], site["fn"])
-            except NotImplementedError as error:
-                kinds = (type(side["fn"]).__name__ for side in (twin, site))
-                raise ValueError(
-                    f"no closed KL is known at site {site['name']!r}"
-                    "\n  expected: two of one family, as NormalGuide and StandardNormal"
-                    f"\n  got:      {' against '.join(kinds)}\n  try:      Trace_ELBO()"
-                ) from error
-        return traces
+    def tensor_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
+        """Minus the sum over data."""
+        shape = (self.num_particles, len(batch[0]))
+        model_trace, guide_trace = trace_pair(model, guide, batch, self.num_particles)
+        found = densities(model_trace, guide_trace, shape)
+        kl = _closed_kl(latent_sites(model_trace), latent_sites(guide_trace)).expand(shape)
+        return -_common(found, self) * (found.likelihood - kl - found.factors).mean(0).sum()
 
 
 class FreeBits(Objective):
@@ -195,8 +216,8 @@ class FreeBits(Objective):
             raise ValueError(f"nats must be >= 0 and finite; got {nats}")
         self.nats = nats
 
-    def differentiable_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
-        """Minus the sum over data, with gradients."""
+    def tensor_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
+        """Minus the sum over data."""
         rows, draws = len(batch[0]), self.num_particles
         model_trace, guide_trace = trace_pair(model, guide, batch, draws)
         found = densities(model_trace, guide_trace, (draws, rows))
@@ -271,7 +292,7 @@ class DReG(IWAE):
         torch.Size([])
     """
 
-    def differentiable_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
+    def tensor_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
         """Minus the sum over data; its value is `IWAE`'s, its gradient as above."""
         model_trace, guide_trace = trace_pair(model, guide, batch, self.num_particles)
         sites = latent_sites(guide_trace)
@@ -318,10 +339,10 @@ class ScoreFunctionELBO(Objective):
         torch.Size([])
     """
 
-    def differentiable_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
+    def tensor_loss(self, model: Model, guide: Guide, *batch: Any) -> Tensor:
         """Minus the sum over data; its value is the ELBO's, its gradient as above."""
         with _StoppedSamples():
-            return super().differentiable_loss(model, guide, *batch)
+            return super().tensor_loss(model, guide, *batch)
 
     def per_datum(self, found: LogDensities) -> Tensor:
         """The ELBO, with the gradient of the surrogate."""
@@ -369,6 +390,30 @@ class _StoppedSamples(poutine.messenger.Messenger):
 
 def _broadcast(weight: Tensor, like: Tensor) -> Tensor:
     return weight.reshape(*weight.shape, *[1] * (like.dim() - weight.dim()))
+
+
+def _closed_kl(ours: list[Any], theirs: list[Any]) -> Tensor:
+    """KL(q ‖ p) of all sites, each given those before it; broadcasts to `(S, B)`."""
+    order, other = ([site["name"] for site in sites] for sites in (ours, theirs))
+    if order != other:
+        raise ValueError(
+            "closed KL terms are biased for this guide: it samples in another order"
+            f"\n  expected: {order}, as the model\n  got:      {other}"
+            "\n  try:      Trace_ELBO(), or a guide from the top down"
+        )
+    total: Any = 0.0
+    for site, twin in zip(ours, theirs, strict=True):
+        try:
+            kl = kl_divergence(twin["fn"], site["fn"])
+        except NotImplementedError as error:
+            kinds = (type(side["fn"]).__name__ for side in (twin, site))
+            raise ValueError(
+                f"no closed KL is known at site {site['name']!r}"
+                "\n  expected: two of one family, as NormalGuide and StandardNormal"
+                f"\n  got:      {' against '.join(kinds)}\n  try:      Trace_ELBO()"
+            ) from error
+        total = total + scale_and_mask(kl, 1.0, twin["mask"])
+    return total
 
 
 def _kl_terms(prior: Any, guide: Any) -> Tensor:

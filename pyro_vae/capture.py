@@ -1,0 +1,123 @@
+"""A tensor function recorded once as a graph, to replay or to compile."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Outputs = Any
+"""A tensor, or a tuple of tensors."""
+
+
+class CannotCaptureError(RuntimeError):
+    """The function asks for the value of a tensor, or does what no graph can hold."""
+
+
+class Recorded:
+    """A function of tensors as the operations that one call of it made.
+
+    What Python did between the operations (effect handlers, shapes, branches, numbers) happened
+    once, at the recording. What tensors hold is looked up anew in every call: the inputs, the
+    tensors that the function closes over, which it may change in place, and fresh random draws.
+
+    Args:
+        function: called once, with gradients on, on stand-ins that have shapes and no values:
+            nothing is computed or changed.
+        inputs: tensors like those of later calls; their shapes are part of the recording.
+
+    Attributes:
+        constants: the tensors that the function closes over.
+        present: of each output, whether it is a tensor, not `None`.
+
+    Raises:
+        CannotCaptureError: the function looks at a value, as `if x.sum() > 0` or `x.item()` do.
+
+    Example:
+        >>> weight = torch.ones(3)
+        >>> double = Recorded(lambda x: 2 * weight * x, torch.zeros(3))
+        >>> weight.fill_(5.0)
+        tensor([5., 5., 5.])
+        >>> double(torch.ones(3))
+        tensor([10., 10., 10.])
+    """
+
+    def __init__(self, function: Callable[..., Outputs], *inputs: Tensor) -> None:
+        try:
+            with torch.enable_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(
+                    *inputs
+                )
+        except Exception as error:  # whatever a foreign function raises on stand-ins
+            raise CannotCaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
+        self.graph, self.constants = _lifted(found)
+        outputs = self.graph.graph.output_node().args[0]
+        self.present = (
+            [part is not None for part in outputs] if isinstance(outputs, tuple) else [True]
+        )
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        """Run the operations one by one."""
+        with torch.no_grad():
+            return self.graph(*self.constants, *inputs)
+
+    def compiled(self, *inputs: Tensor) -> Callable[..., Outputs]:
+        """The same function as machine code, for inputs of these shapes.
+
+        Operations are fused by TorchInductor, without a guard at each call; random draws are
+        those of the uncompiled function. On a GPU calls are replayed as a CUDA graph.
+
+        Raises:
+            CannotCaptureError: no compiler, or an operation that it does not know.
+        """
+        on_gpu = inputs[0].is_cuda
+        options = {
+            "fallback_random": True,  # the draws of the same seed, compiled or not
+            "cpp_wrapper": not on_gpu,
+            "triton.cudagraphs": on_gpu,
+        }
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                run = torch._inductor.compile(
+                    self.graph, [*self.constants, *inputs], options=options
+                )
+                constants = self.constants
+        except Exception as error:  # the compiler's own zoo
+            raise CannotCaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
+
+        def call(*inputs: Tensor) -> Outputs:
+            with torch.no_grad():
+                return run(*constants, *inputs)
+
+        return call
+
+
+def _lifted(found: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """The graph with the tensors that it closed over as its first inputs."""
+    tensors = {
+        id(value): value
+        for node in found.graph.nodes
+        if node.op == "get_attr"
+        for value in [getattr(found, str(node.target))]
+    }
+    graph, places = Graph(), dict[Node, Node]()
+    lifted = {key: graph.placeholder(f"constant_{n}") for n, key in enumerate(tensors)}
+    for node in found.graph.nodes:
+        if node.op == "get_attr":
+            places[node] = lifted[id(getattr(found, str(node.target)))]
+        else:
+            places[node] = graph.node_copy(node, lambda other: places[other])
+            places[node].meta = {}
+    graph.eliminate_dead_code()
+    return GraphModule({}, graph), [value.detach() for value in tensors.values()]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0]
