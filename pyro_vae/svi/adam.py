@@ -16,7 +16,8 @@ class AdamUpdate:
 
     What depends on the step `t` is put into `numbers` beforehand, by `prepare`: the update
     itself reads tensors only, so a recording of it holds for every step and learning rate.
-    The optimizer's own `step()` may be called in between.
+    The optimizer's own `step()` may be called in between, and its state be saved, after
+    `settle`.
 
     Args:
         optimizer: one for which `knows` holds.
@@ -42,6 +43,7 @@ class AdamUpdate:
                 }
         self.state = [optimizer.state[parameter] for parameter in parameters]
         self.parameters = parameters
+        self.pending = 0
 
     @staticmethod
     def knows(optimizer: Optimizer) -> bool:
@@ -53,10 +55,15 @@ class AdamUpdate:
             and not optimizer.param_groups[0]["maximize"]
         )
 
+    def settle(self) -> None:
+        """Tell the optimizer how many steps were taken."""
+        torch._foreach_add_([state["step"] for state in self.state], self.pending)
+        self.pending = 0
+
     def prepare(self) -> None:
         """Count a step, and put step size, √(1 − β₂ᵗ) and decay of the weights into place."""
-        torch._foreach_add_([state["step"] for state in self.state], 1)
-        step, lr = self.state[0]["step"].item(), float(self.group["lr"])
+        self.pending += 1
+        step, lr = self.state[0]["step"].item() + self.pending, float(self.group["lr"])
         first, second = self.group["betas"]
         shrink = 1 - lr * self.group["weight_decay"] if self.decoupled else 1.0
         numbers = [lr / (1 - first**step), (1 - second**step) ** 0.5, shrink]

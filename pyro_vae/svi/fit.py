@@ -129,7 +129,7 @@ def fit(
     _check_choices(objective, precision)
     rank, count = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
     rows = Rows(data, seed, (rank, count))
-    few = rows.take(slice(0, 8))
+    few = rows.first(8)
     check_pair(model, guide, few if rows.per_batch else rows.train)
     check_pair(model, guide, rows.validation)
     bar = tqdm(total=epochs, desc="SVI", disable=rank > 0 or not progress)

@@ -61,7 +61,7 @@ class Fitting:
         self.model, self.guide, self.rows, self.objective = model, guide, rows, objective
         self.batch_size, self.lr, self.schedule = batch_size, lr, schedule
         self.draws, self.precision, self.fabric = draws, precision, fabric
-        few = rows.take(slice(0, 8))
+        few = rows.first(8)
         self.full_size = full_size(guide, few)
         self.weights = Weights(self._loss_of(objective), model, guide, few, average)
         if fabric is not None:
@@ -163,6 +163,7 @@ class Fitting:
         if self.folder is None:
             return
         on_gpu = self.weights.device.type == "cuda"
+        self.steps.settle()
         state: State = {
             "weights": self.weights.copy(),
             "averaged": self.weights.averaged,
@@ -226,11 +227,11 @@ class Fitting:
     def _measure(self, loss: float) -> Epoch:
         judged = self.weights.judged()
         validation = self.rows.validation
-        few = slice(0, min(len(self.rows), len(validation[0])))
+        few = self.rows.first(len(validation[0]))
         with self.weights.holding(judged):
             terms = {
                 name: value
-                for split, batch in (("train", self.rows.take(few)), ("validation", validation))
+                for split, batch in (("train", few), ("validation", validation))
                 for name, value in measure(
                     self.model, self.guide, batch, self.draws, split=split, fabric=self.fabric
                 ).items()
@@ -264,7 +265,7 @@ class Fitting:
 
     def _full_batch(self) -> tuple[Tensor, ...]:
         rows = min(self.batch_size, len(self.rows))
-        return self.rows.take(slice(0, -(-(rows - self.rows.rank) // self.rows.count)))
+        return self.rows.first(-(-(rows - self.rows.rank) // self.rows.count))
 
 
 @contextmanager

@@ -105,8 +105,8 @@ def _read(path: Path) -> State:
         pickle.UnpicklingError,
     ) as error:
         raise ValueError(
-            f"{str(path)!r} is no checkpoint of a fit: it is damaged or foreign, and nothing in it "
-            "was run\n  try:      remove it to start anew, or restore a copy"
+            f"{str(path)!r} is no checkpoint of a fit: it is damaged or foreign, and nothing in "
+            "it was run\n  try:      remove it to start anew, or restore a copy"
         ) from error
     if not known:
         raise ValueError(

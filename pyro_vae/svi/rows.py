@@ -46,10 +46,14 @@ class Rows:
         if device.type != "cuda" or 2 * size < torch.cuda.mem_get_info(device)[0]:
             self.train = tuple(part.to(device) for part in self.train)
 
-    def take(self, index: Tensor | slice) -> Batch:
+    def take(self, index: Tensor) -> Batch:
         """A batch of training rows, as it is fitted."""
-        x, *others = (part[index].to(self.device) for part in self.train)
+        x, *others = (part.index_select(0, index).to(self.device) for part in self.train)
         return (x if self.per_batch is None else self.per_batch(x), *others)
+
+    def first(self, count: int) -> Batch:
+        """The first rows of all, at most so many, as they are fitted."""
+        return self.take(torch.arange(min(count, len(self)), device=self.train[0].device))
 
     def batches(self, epoch: int, size: int, skip: int = 0) -> Iterator[tuple[Batch, float]]:
         """The batches of an epoch after the first `skip`, each with this process's share of it.

@@ -61,6 +61,9 @@ class Steps:
             loss = self.loss_of(*batch)
         return loss.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
+    def settle(self) -> None:
+        """Bring the optimizer's own count of steps up to date."""
+
     def _summed(self, parts: list[Tensor | None], share: float) -> list[Tensor | None]:
         """Loss and gradients of the whole batch, from each process's own."""
         present = [part for part in parts if part is not None]
@@ -101,6 +104,7 @@ class RecordedSteps(Steps):
     def __call__(self, batch: tuple[Tensor, ...], share: float = 1.0) -> Tensor:
         """Take a step, in one call if the batch has the shape that was compiled."""
         if self.whole is None or _shapes(batch) != self.shape:
+            self.settle()
             return super().__call__(batch, share)
         self.update.prepare()
         return self.whole(*batch).clone()
@@ -112,8 +116,14 @@ class RecordedSteps(Steps):
             self.recordings[shapes] = Recorded(super().gradients, *batch)
         return self.recordings[shapes](*batch)
 
+    def settle(self) -> None:
+        """Bring the optimizer's own count of steps up to date."""
+        if self.whole is not None:
+            self.update.settle()
+
     def forget_compiled(self) -> None:
         """Run recorded operations one by one from now on, as where nothing compiles."""
+        self.settle()
         self.whole, self.recordings = None, {}
 
     def _compile(self, recorded: Recorded, batch: tuple[Tensor, ...]) -> None:
