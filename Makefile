@@ -22,7 +22,7 @@ notebooks: $(READY)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 COMPILE := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
-	--no-emit-index-url --no-annotate --extra flows pyproject.toml
+	--no-emit-index-url --no-annotate --extra flows --extra distributed pyproject.toml
 
 lock: $(READY)
 	$(COMPILE) --group dev -o requirements.lock

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from . import svi as svi
     from . import verdict as verdict
     from .checks import check_pair as check_pair
+    from .ranks import sharded as sharded
     from .svi.checkpoint import load_weights as load_weights
     from .svi.checkpoint import save_weights as save_weights
     from .svi.fit import fit as fit
@@ -53,6 +54,7 @@ _FUNCTIONS = {
     "gaps": "verdict.gaps",
     "load_weights": "svi.checkpoint",
     "save_weights": "svi.checkpoint",
+    "sharded": "ranks",
 }
 
 __all__ = ["__version__", *_MODULES, *_FUNCTIONS]

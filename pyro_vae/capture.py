@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 Outputs = Any
 """A tensor, or a tuple of tensors."""
@@ -28,7 +31,7 @@ class Recorded:
 
     Args:
         function: called once, with gradients on, on stand-ins that have shapes and no values:
-            nothing is computed or changed.
+            nothing is changed.
         inputs: tensors like those of later calls; their shapes are part of the recording.
 
     Attributes:
@@ -48,14 +51,20 @@ class Recorded:
     """
 
     def __init__(self, function: Callable[..., Outputs], *inputs: Tensor) -> None:
+        before = _Untouched()
+
+        def watched(*inputs: Tensor) -> Outputs:
+            with before:
+                return function(*inputs)
+
         try:
             with torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(
-                    *inputs
-                )
+                found = make_fx(watched, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         except Exception as error:  # whatever a foreign function raises on stand-ins
             raise CannotCaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
+        finally:
+            before.restore()
         self.graph, self.constants = _lifted(found)
         outputs = self.graph.graph.output_node().args[0]
         self.present = (
@@ -85,8 +94,10 @@ class Recorded:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                run = torch._inductor.compile(
-                    self.graph, [*self.constants, *inputs], options=options
+                run = torch._inductor.compile(  # it rewrites the graph that it is given
+                    GraphModule({}, copy.deepcopy(self.graph.graph)),
+                    [*self.constants, *inputs],
+                    options=options,
                 )
                 constants = self.constants
         except Exception as error:  # the compiler's own zoo
@@ -97,6 +108,27 @@ class Recorded:
                 return run(*constants, *inputs)
 
         return call
+
+
+class _Untouched(TorchDispatchMode):
+    """Remembers what operations change in place: those that see no stand-in do run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            changed = argument.alias_info is not None and argument.alias_info.is_write
+            if changed and type(given) in (Tensor, Parameter) and id(given) not in self.values:
+                with _disable_current_modes():
+                    self.values[id(given)] = given.detach(), given.detach().clone()
+        return func(*args, **(kwargs or {}))
+
+    def restore(self) -> None:
+        """Put the values back."""
+        for tensor, value in self.values.values():
+            tensor.copy_(value)
 
 
 def _lifted(found: GraphModule) -> tuple[GraphModule, list[Tensor]]:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"pair", "capture", "atomic"},
-    {"log_joint"},
+    {"log_joint", "ranks"},
     {"checks", "networks", "flows"},
     {"likelihoods", "priors", "data"},
     {"models", "guides", "svi", "posterior"},

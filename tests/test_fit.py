@@ -243,3 +243,120 @@ def test_half_a_copy_is_refused(digits: Any) -> None:
         pv.fit(quantized.model, deepcopy(quantized.guide), (x,), epochs=1, progress=False)
     both = deepcopy((model, guide))
     pv.fit(*both, (x,), epochs=1, progress=False)
+
+
+# What else one expects of a loop
+
+
+def test_batches_are_drawn_anew_where_the_data_say_so() -> None:
+    seen: list[Tensor] = []
+
+    def per_batch(x: Tensor) -> Tensor:
+        seen.append(torch.bernoulli(x))
+        return seen[-1]
+
+    grey = pv.data.load("digits", binarize=pv.data.dynamic(0))
+    data = pv.data.Dataset("d", grey.train, grey.validation, grey.test, per_batch=per_batch)
+    run = _fit(digits_pair(), data, epochs=2)
+    assert len(run.epochs) == 2 and all(set(x.unique().tolist()) <= {0, 1} for x in seen)
+    draws = torch.cat(seen)
+    assert draws.mean().item() == pytest.approx(grey.train[0].mean().item(), abs=0.02)
+
+
+def test_a_schedule_is_the_rate_of_each_step(digits: Any) -> None:
+    """A rate of zero after the first epoch leaves the weights where they are."""
+    pair, short = digits_pair(), digits_pair()
+    for part, other in zip(pair, short, strict=True):
+        other.load_state_dict(part.state_dict())
+    steps = -(-len(digits.train[0]) // 128)
+    _fit(pair, digits, epochs=1)
+    _fit(short, digits, epochs=3, schedule=lambda step: float(step < steps), optimizer=_plain_adam)
+    for a, b in zip(_state(pair), _state(short), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def _plain_adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=lr)
+
+
+def test_clipping_bounds_a_step_of_sgd(digits: Any) -> None:
+    pair = digits_pair()
+    before = _state(pair)
+    _fit(
+        pair, digits.train, epochs=1, batch_size=2000, optimizer=torch.optim.SGD, lr=1.0, clip=0.1
+    )
+    moved = sum((a - b).square().sum() for a, b in zip(_state(pair), before, strict=True))
+    assert float(moved) ** 0.5 == pytest.approx(0.1, rel=1e-3)
+
+
+def test_an_average_lags_behind_the_weights_by_its_formula() -> None:
+    model, guide = digits_pair()
+    x = (torch.rand(1, 64) > 0.5).float()
+    path = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            path.append(weight.detach().clone())
+
+    weight = model.decoder[0].weight
+    start = weight.detach().clone()
+    _fit(Pair(model, guide), (x,), epochs=5, average=0.5, optimizer=Watched, lr=1e-2, draws=200)
+    average, found = start, []
+    for step, weights in enumerate(path, 1):
+        average = torch.lerp(average, weights, 1 - min(0.5, (1 + step) / (10 + step)))
+        found.append(average)
+    assert min((weight - a).abs().max().item() for a in found) < 1e-7
+
+
+def test_measurements_can_be_rare(digits: Any) -> None:
+    seen: list[int] = []
+    run = _fit(
+        digits_pair(), digits, epochs=7, measure_every=3, on_epoch=lambda e: seen.append(e.epoch)
+    )
+    assert [epoch.epoch for epoch in run.epochs] == seen == [3, 6, 7]
+    assert run.best.epoch == run.best_epoch and run.history.index.tolist() == seen
+
+
+def test_several_seeds_give_a_mean_with_its_error(digits: Any) -> None:
+    runs = pv.svi.repeat(digits_pair, digits, seeds=(0, 1, 2), epochs=2, progress=False)
+    again = pv.svi.repeat(digits_pair, digits, seeds=(1,), epochs=2, progress=False)
+    elbos = runs.table["validation_elbo"]
+    assert runs.validation_elbo == pytest.approx(elbos.mean())
+    assert runs.validation_elbo_se == pytest.approx(elbos.std() / 3**0.5)
+    assert elbos[1] == again.table["validation_elbo"][1] and elbos.nunique() == 3
+    assert "3 seeds" in repr(runs)
+    with pytest.raises(ValueError, match="at least one seed"):
+        pv.svi.repeat(digits_pair, digits, seeds=())
+
+
+def test_bfloat16_products_learn_too_and_are_measured_in_full(digits: Any) -> None:
+    run = _fit(digits_pair(), digits, epochs=10, lr=3e-3, precision="bfloat16")
+    assert run.best.validation_elbo > run.epochs[0].validation_elbo
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": 0.0}, "clip must be > 0"),
+        ({"average": 1.0}, "average must be a decay"),
+        ({"precision": "half"}, "precision must be one of"),
+        ({"measure_every": 0}, "measure_every must be an integer >= 1"),
+        ({"save_every": -1.0}, "save_every must be seconds"),
+    ],
+)
+def test_bad_new_options(options: dict[str, Any], message: str, digits: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        _fit(digits_pair(), digits, **options)
+
+
+def test_tensorboard_reads_what_it_wrote(tmp_path: Path, digits: Any) -> None:
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="extra `tensorboard`"
+    )
+    run = _fit(digits_pair(), digits, on_epoch=pv.svi.tensorboard(tmp_path))
+    found = reader.EventAccumulator(str(tmp_path)).Reload().Scalars("validation/elbo")
+    assert [point.value for point in found] == pytest.approx(
+        [epoch.validation_elbo for epoch in run.epochs]
+    )

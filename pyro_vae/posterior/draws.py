@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,18 @@ class Draws:
     method: str = ""
     figures: Mapping[str, Tensor] = field(default_factory=dict)
     superchains: int | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Draws]) -> Draws:
+        """The draws of several batches as those of one."""
+        first = parts[0]
+
+        def join(field: str, axis: int) -> dict[str, Tensor]:
+            names = getattr(first, field)
+            return {n: torch.cat([getattr(part, field)[n] for part in parts], axis) for n in names}
+
+        sites, stats, figures = join("sites", 2), join("stats", 2), join("figures", 0)
+        return cls(sites, stats, first.method, figures, first.superchains)
 
     def __getitem__(self, site: str) -> Tensor:
         return self.sites[site]

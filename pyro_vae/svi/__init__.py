@@ -10,3 +10,4 @@ from pyro_vae.svi.run import Run as Run
 from pyro_vae.svi.run import Runs as Runs
 from pyro_vae.svi.schedules import cosine as cosine
 from pyro_vae.svi.schedules import halving as halving
+from pyro_vae.svi.tensorboard import tensorboard as tensorboard

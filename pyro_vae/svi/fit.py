@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pyro_vae.checks import check_pair
 from pyro_vae.data import Dataset
 from pyro_vae.pair import Batch, Guide, Model, preserved_rng
+from pyro_vae.ranks import place
 from pyro_vae.svi.fitting import Fitting, lean
 from pyro_vae.svi.folder import RunFolder
 from pyro_vae.svi.rows import Rows
@@ -127,8 +128,8 @@ def fit(
     }  # fmt: skip
     _check_numbers(counts, lr, clip, average, save_every)
     _check_choices(objective, precision)
-    rank, count = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
-    rows = Rows(data, seed, (rank, count))
+    ranks = rank, _ = place(fabric)
+    rows = Rows(data, seed, ranks)
     few = rows.first(8)
     check_pair(model, guide, few if rows.per_batch else rows.train)
     check_pair(model, guide, rows.validation)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_vae.capture import CannotCaptureError
 from pyro_vae.pair import Guide, Model, full_size, latent_sites, preserved_rng, trace_pair
+from pyro_vae.ranks import gathered, place
 from pyro_vae.svi.folder import RunFolder, State
 from pyro_vae.svi.measure import measure
 from pyro_vae.svi.objectives import ELBO, Objective
@@ -80,8 +81,10 @@ class Fitting:
     def record(self) -> None:
         """Record the step and compile it; one warning where that cannot be."""
         try:
-            objective = _of_tensors(self.objective, self.model, self.guide, self._full_batch())
-            self.steps = self._steps(RecordedSteps, objective, self.clip, batch=self._full_batch())
+            with preserved_rng():
+                batch = self._full_batch()
+                objective = _of_tensors(self.objective, self.model, self.guide, batch)
+                self.steps = self._steps(RecordedSteps, objective, self.clip, batch=batch)
             self.objective = objective
         except CannotCaptureError as error:
             warnings.warn(
@@ -136,7 +139,7 @@ class Fitting:
             "average": self.weights.decay,
             "draws": self.draws,
             "precision": self.precision,
-            "processes": 1 if self.fabric is None else self.fabric.world_size,
+            "processes": place(self.fabric)[1],
         }
 
     save_every = math.inf
@@ -173,16 +176,13 @@ class Fitting:
             "losses": torch.stack(self.losses) if self.losses else torch.zeros(0),
             "history": [asdict(epoch) for epoch in self.history],
             "seconds": time.perf_counter() - self.started,
-            "rng": self._gathered(torch.get_rng_state()),
-            "cuda_rng": self._gathered(torch.cuda.get_rng_state()) if on_gpu else torch.zeros(0),
+            "rng": gathered(torch.get_rng_state(), self.fabric),
+            "cuda_rng": gathered(torch.cuda.get_rng_state(), self.fabric) if on_gpu else [],
         }
         if self.rows.rank == 0:
             self.folder.log(self.history)
             self.folder.save(state)
         self.saved = time.perf_counter()
-
-    def _gathered(self, state: Tensor) -> Tensor:
-        return state.unsqueeze(0) if self.fabric is None else self.fabric.all_gather(state).cpu()
 
     def _sweep(self) -> float:
         """Take the steps that are left of an epoch; the mean loss per datum of all of it."""
@@ -286,7 +286,7 @@ def _of_tensors(objective: Any, model: Model, guide: Guide, batch: tuple[Tensor,
     """An objective with the same loss that can be recorded."""
     if type(objective) is not Trace_ELBO:
         return objective
-    with preserved_rng(), torch.no_grad():
+    with torch.no_grad():
         _, guide_trace = trace_pair(model, guide, batch, 1)
     for site in latent_sites(guide_trace):
         if not site["fn"].has_rsample:

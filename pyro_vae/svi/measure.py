@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pyro_vae.pair import Batch, Guide, Model, evaluating, log_densities
+from pyro_vae.ranks import place, summed
 
 CHUNK = 1024
 """Rows scored at once."""
@@ -24,7 +25,7 @@ def measure(
     Raises:
         FloatingPointError: an ELBO that is not finite.
     """
-    rank, count = (fabric.global_rank, fabric.world_size) if fabric is not None else (0, 1)
+    rank, count = place(fabric)
     totals = torch.zeros(4, dtype=torch.float64)
     with evaluating(model, guide):
         for index in torch.arange(rank, len(batch[0]), count).split(CHUNK):
@@ -35,7 +36,7 @@ def measure(
             sums = [elbo.sum(), elbo.square().sum(), likelihood.sum()]
             totals += torch.stack([torch.tensor(len(index)).to(elbo), *sums]).cpu()
     if fabric is not None:
-        totals = fabric.all_reduce(totals, reduce_op="sum").cpu()
+        totals = summed(totals, fabric).cpu()
     if not torch.isfinite(totals).all():
         raise FloatingPointError(f"after the last batch: the {split} ELBO is not finite")
     rows, total, squares, likelihood = totals.tolist()

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from pyro_vae.capture import CannotCaptureError, Recorded
+from pyro_vae.ranks import summed
 from pyro_vae.svi.adam import AdamUpdate
 
 Arithmetic = Callable[[], AbstractContextManager[Any]]
@@ -68,7 +69,7 @@ class Steps:
         """Loss and gradients of the whole batch, from each process's own."""
         present = [part for part in parts if part is not None]
         flat = torch.cat([part.flatten() for part in present]) * share
-        flat = self.fabric.all_reduce(flat, reduce_op="sum")
+        flat = summed(flat, self.fabric)
         sums = iter(flat.split([part.numel() for part in present]))
         return [None if part is None else next(sums).view_as(part) for part in parts]
 
