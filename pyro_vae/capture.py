@@ -151,5 +151,8 @@ def _lifted(found: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     return GraphModule({}, graph), [value.detach() for value in tensors.values()]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    if not lines and error.__cause__ is not None:
+        return _first_line(error.__cause__)
+    return lines[0] if lines else "no reason given"

@@ -1,71 +1,254 @@
-"""The command line: `pyro-vae demo`."""
+"""The command line: `pyro-vae demo | fit | evaluate | compare | sample`."""
 
 from __future__ import annotations
 
-import argparse
+import difflib
+import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import __version__
 
+DESCRIPTION = """Deep latent-variable models, held to account: fit a VAE, then ask of its guide, \
+datum by datum, how far it is from the posterior."""
+COMMANDS = {
+    "demo": "fit a VAE on 8×8 digits and compare its guide with exact and MCMC posteriors",
+    "fit": "fit a VAE to a published set, a file or a folder of images",
+    "evaluate": "log-likelihood of the test rows, with its error",
+    "compare": "hold the guide against exact or MCMC posteriors of test rows",
+    "sample": "draw new data",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when done, 1 for an error of the user's, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    """Run a command: 0 if done, 1 for bad input, 2 for a bad option, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
     try:
-        return _demo(options)
-    except (ValueError, FloatingPointError) as error:
-        if options.debug:
+        parser = _parser(given)
+        options = parser.parse_args(given)
+        start = time.perf_counter()
+        written = globals()[f"_{options.command}"](options[options.command])
+        print(f"{written} ({time.perf_counter() - start:.0f} s)")
+    except ArgumentError as error:
+        if debug:
+            raise
+        print(f"pyro-vae: {_with_nearest(str(error), given)}", file=sys.stderr)
+        return 2
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        if debug:
             raise
         print(f"pyro-vae: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\npyro-vae: interrupted", file=sys.stderr)
+        if debug:
+            raise
+        print("\npyro-vae: interrupted; what was finished is kept", file=sys.stderr)
         return 130
+    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pyro-vae", description="Deep latent-variable models, held to account."
-    )
+def _parser(given: Sequence[str]) -> ArgumentParser:
+    parser = ArgumentParser(prog="pyro-vae", description=DESCRIPTION, exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"pyro-vae {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="fit a VAE on 8×8 digits and compare its guide with exact and MCMC posteriors",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where results go")
-    demo.add_argument("--epochs", type=int, default=150, help="passes over the digits")
-    demo.add_argument("--digits", type=int, default=16, help="held-out digits to judge")
-    demo.add_argument("--seed", type=_seed, default=0, help="of weights, rows and draws")
-    demo.add_argument("--quiet", action="store_true", help="no progress bars")
-    demo.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subcommands(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        command = ArgumentParser(
+            description=summary[0].upper() + summary[1:] + ".", exit_on_error=False
+        )
+        _add_options(name, command, given)
+        command.add_argument("--quiet", action=ActionYesNo, default=False, help="no progress bars")
+        commands.add_subcommand(name, command, help=summary)
+    parser.epilog = "Any command takes --debug: show the traceback of an error."
     return parser
 
 
-def _seed(text: str) -> int:
-    if not 0 <= (value := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError(f"a seed is 0 or more, and below 2**63; got {text}")
-    return value
+def _add_options(name: str, command: ArgumentParser, given: Sequence[str]) -> None:
+    if name == "demo":
+        command.add_argument("--out", default="runs/demo", help="folder for the results")
+        command.add_argument("--epochs", type=int, default=150, help="passes over the digits")
+        command.add_argument("--digits", type=int, default=16, help="held-out digits to judge")
+        command.add_argument("--seed", type=int, default=0, help="of weights, rows and draws")
+        return
+    if name == "fit":
+        command.add_argument("--out", default="runs/fit", help="run folder, made if missing")
+        command.add_argument("--config", type=str | None, help="a YAML or TOML file to start from")
+        if name in given:
+            from pyro_vae.recipe import Recipe, read_recipe
+
+            command.add_class_arguments(Recipe, None)
+            if file := _value_of("--config", given):
+                command.set_defaults(_flat(asdict(read_recipe(file))))
+    else:
+        command.add_argument("run", help="a run folder that `pyro-vae fit` made")
+        command.add_argument("--seed", type=int, default=0, help="of the draws")
+    if name == "evaluate":
+        command.add_argument("--draws", type=int, default=1000, help="of the guide for each row")
+    if name in ("evaluate", "compare"):
+        rows = 16 if name == "compare" else 1000
+        command.add_argument("--rows", type=int, default=rows, help="test rows to use, at most")
+    if name == "sample":
+        command.add_argument("--count", type=int, default=64, help="of new data")
+    command.add_argument(
+        "--allow", type=list[str], default=[],
+        help="modules that a configuration may take classes from, which runs their code",
+    )  # fmt: skip
 
 
-def _demo(options: argparse.Namespace) -> int:
-    start = time.perf_counter()
+def _demo(options: Namespace) -> str:
     from pyro_vae.demo import demo
 
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"a seed is 0 or more, and below 2**63; got {options.seed}")
     run, verdict = demo(
         options.out, epochs=options.epochs, digits=options.digits,
         seed=options.seed, progress=not options.quiet,
     )  # fmt: skip
     print(run, end="\n\n")
     print(verdict, end="\n\n")
-    seconds = time.perf_counter() - start
-    written = ", ".join(sorted(path.name for path in Path(options.out).iterdir()))
-    print(f"{options.out}: {written} ({seconds:.0f} s)")
-    return 0
+    return f"{options.out}: {', '.join(sorted(path.name for path in Path(options.out).iterdir()))}"
+
+
+def _fit(options: Namespace) -> str:
+    from pyro_vae.demo import writable_folder
+    from pyro_vae.recipe import build, recipe_of, write_recipe
+    from pyro_vae.svi import fit, save_weights
+
+    recipe = recipe_of(options)
+    folder = writable_folder(options.out)
+    rows, model, guide = build(recipe, allow=options.allow)
+    write_recipe(folder, recipe)
+    run = fit(
+        model, guide, rows, **recipe.fit.options(), seed=recipe.seed, folder=folder,
+        progress=not options.quiet,
+    )  # fmt: skip
+    run.history.to_csv(folder / "history.csv", float_format="%.6g")
+    save_weights(folder, model, guide)
+    print(run)
+    return f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}"
+
+
+def _evaluate(options: Namespace) -> str:
+    import pandas as pd
+
+    from pyro_vae.recipe import open_run
+    from pyro_vae.verdict import bounds
+
+    run = open_run(options.run, allow=options.allow)
+    batch = _test_rows(run, options.rows)
+    found = bounds(run.model, run.guide, batch, draws=options.draws, seed=options.seed)
+    names = ("elbo", "elbo_se", "iwae", "iwae_se", "ess", "khat")
+    table = pd.DataFrame({name: getattr(found, name).tolist() for name in names})
+    table.to_csv(run.folder / "evaluation.csv", index_label="row", float_format="%.6g")
+    count = len(table)
+    summary = {
+        "rows": count,
+        "draws": options.draws,
+        "seed": options.seed,
+        "elbo": table.elbo.mean(),
+        "elbo_se": table.elbo.sem(),
+        "log_likelihood": table.iwae.mean(),
+        "log_likelihood_se": table.iwae.sem(),
+        "khat_above_0.7": float((table.khat > 0.7).mean()),
+        "median_ess": table.ess.median(),
+    }
+    (run.folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(
+        f"{count} test rows, {options.draws} draws each, nats a row (standard error over rows)\n"
+        f"  ELBO              {summary['elbo']:9.2f} ± {summary['elbo_se']:.2f}\n"
+        f"  log p(x), IWAE    {summary['log_likelihood']:9.2f} ± "
+        f"{summary['log_likelihood_se']:.2f}\n"
+        f"  k-hat above 0.7   {summary['khat_above_0.7']:9.1%}   there the estimate is too low\n"
+        f"  ESS, median       {summary['median_ess']:9.0f}"
+    )
+    return f"{run.folder}: evaluation.csv, evaluation.json"
+
+
+def _compare(options: Namespace) -> str:
+    from matplotlib.figure import Figure
+
+    from pyro_vae.recipe import open_run
+    from pyro_vae.verdict import compare
+
+    run = open_run(options.run, allow=options.allow)
+    batch = _test_rows(run, options.rows)
+    verdict = compare(run.model, run.guide, batch, seed=options.seed, progress=not options.quiet)
+    folder = run.folder / "verdict"
+    verdict.save(folder)
+    if run.recipe.latent == 2:
+        figure = Figure(figsize=(12, 4.2), layout="constrained")
+        verdict.plot(run.data.image_shape, figure=figure)
+        figure.savefig(folder / "posteriors.png", dpi=150)
+    print(verdict, end="\n\n")
+    return f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}"
+
+
+def _sample(options: Namespace) -> str:
+    import numpy as np
+    import torch
+    from matplotlib.figure import Figure
+
+    from pyro_vae import plots
+    from pyro_vae.pair import evaluating, preserved_rng
+    from pyro_vae.recipe import open_run
+
+    run = open_run(options.run, allow=options.allow)
+    if options.count < 1:
+        raise ValueError(f"count must be 1 or more; got {options.count}")
+    with preserved_rng(options.seed), evaluating(run.model), torch.no_grad():
+        x = run.model(None, size=options.count)
+    np.save(run.folder / "samples.npy", x.numpy())
+    written = "samples.npy"
+    if run.data.image_shape is not None:
+        figure = Figure(figsize=(8, 8), layout="constrained")
+        plots.images(figure.subplots(), x, run.data.image_shape)
+        figure.savefig(run.folder / "samples.png", dpi=150)
+        written += ", samples.png"
+    return f"{run.folder}: {written}"
+
+
+def _test_rows(run: Any, rows: int) -> tuple[Any, ...]:
+    if rows < 1:
+        raise ValueError(f"rows must be 1 or more; got {rows}")
+    return tuple(part[:rows] for part in run.data.test)
+
+
+def _value_of(option: str, given: Sequence[str]) -> str | None:
+    for word, following in zip(given, [*given[1:], ""], strict=True):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        deeper = isinstance(value, dict) and key != "options"
+        flat |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
+    return flat
+
+
+def _with_nearest(message: str, given: Sequence[str]) -> str:
+    """An error of the parser in one sentence, with the option that may have been meant."""
+    message = " ".join(message.split())
+    subcommands: Any = _parser(given)._subcommands_action
+    known = set(COMMANDS)
+    for command in subcommands._name_parser_map.values():
+        known |= set(command._option_string_actions)
+    for word in given:
+        near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+        if near and word.partition("=")[0] not in known and word in message:
+            return f"{message}\n  try:      {near[0]}"
+    return f"{message}\n  try:      pyro-vae --help"
 
 
 if __name__ == "__main__":

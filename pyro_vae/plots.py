@@ -84,6 +84,26 @@ def image(ax: Axes, x: Tensor, shape: tuple[int, int], title: str = "") -> Axes:
     return ax
 
 
+def images(ax: Axes, x: Tensor, shape: tuple[int, int], *, columns: int = 8) -> Axes:
+    """Many rows of pixels as one sheet, from left to right and top to bottom.
+
+    Args:
+        ax: where to draw.
+        x: `(N, D)`.
+        shape: `(height, width)`, `D` in all.
+        columns: images in a row of the sheet.
+    """
+    height, width = shape
+    columns = min(columns, len(x))
+    rows = -(-len(x) // columns)
+    sheet = x.new_full((rows * columns, height + 1, width + 1), float(x.max()) / 2)
+    sheet[: len(x), :height, :width] = x.reshape(-1, height, width)
+    tiled = sheet.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2).flatten(0, 1)
+    ax.imshow(tiled[:-1, :-1].cpu().numpy(), cmap="gray_r", interpolation="nearest")
+    ax.set_axis_off()
+    return ax
+
+
 def history(ax: Axes, run: Run) -> Axes:
     """ELBO against epochs, training and validation, with one standard error as a band."""
     table = run.history

@@ -6,13 +6,17 @@ VAE, the latents above in a hierarchy. Those that do not depend on it ignore it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyro_vae.checks import refuse
 from pyro_vae.flows import FlowDistribution, spline_flow
@@ -97,15 +101,49 @@ class NormalMixture(dist.MixtureSameFamily):  # type: ignore[misc]  # Any, to my
 
     support = constraints.real_vector
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """The same for a larger batch shape; its components are not repeated."""
+        return ExpandedDistribution(self, torch.Size(batch_shape))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Score latents, `(..., L)` to `(...)` nats."""
+        if self._validate_args:
+            self._validate_sample(z)
+        joint = self._joint(z)
+        floor = joint.detach().amax(-1, keepdim=True) - 80  # exp of less is subnormal, and slow
+        return joint.clamp_min(floor).logsumexp(-1)
+
     def responsibilities(self, z: Tensor) -> Tensor:
         """The probability of each component given `z`, `(..., L)` to `(..., K)`."""
-        parts = self.component_distribution.log_prob(z.unsqueeze(-2))
-        return (parts + self.mixture_distribution.logits).softmax(-1)
+        return self._joint(z).softmax(-1)
 
     def usage(self, z: Tensor) -> Tensor:
         """How much each component is used by latents `(..., L)`: `(K,)`, sums to 1."""
         shares = self.responsibilities(z)
         return shares.reshape(-1, shares.shape[-1]).mean(0)
+
+    def _joint(self, z: Tensor) -> Tensor:
+        """Log π_k N_k(z), `(..., L)` to `(..., K)`."""
+        log_weight, parts = self.mixture_distribution.logits, self.component_distribution
+        normal = getattr(parts, "base_dist", None)
+        if isinstance(normal, dist.Normal) and normal.loc.dim() == 2:
+            return _factorised_log_prob(z, normal.loc, normal.scale, log_weight)
+        return parts.log_prob(z.unsqueeze(-2)) + log_weight
+
+
+def _factorised_log_prob(z: Tensor, loc: Tensor, scale: Tensor, log_weight: Tensor) -> Tensor:
+    r"""Log densities of all components by one matrix product, not `(..., K, L)` numbers.
+
+    $(z - \mu)^2 / \sigma^2$ multiplied out cancels to an error of $\varepsilon \sum_l (z_l^2 +
+    \mu_l^2) / \sigma_l^2$ nats, at $z = \mu = 10, \sigma = 10^{-3}, L = 40$ 500 in
+    float32: hence float64, where it is 1e-6.
+    """
+    wide, loc, scale = z.double(), loc.double(), scale.double()
+    precision = scale.square().reciprocal()
+    forms = torch.cat([-precision / 2, loc * precision], -1)
+    constant = -(loc.square() * precision / 2 + scale.log() + math.log(2 * math.pi) / 2).sum(-1)
+    features = torch.cat([wide.square(), wide], -1)
+    return linear(features, forms, constant + log_weight).to(z.dtype)
 
 
 class GaussianMixture(nn.Module):
@@ -247,11 +285,12 @@ class VampPrior(nn.Module):
         if self.training or not isinstance(owner, nn.Module):
             return self._mixture()
         tensors = [*self.parameters(), *owner.parameters(), *owner.buffers()]
-        key = [(t.dtype, t.device, t._version, t.detach().sum().item()) for t in tensors]
-        if self._cache is None or self._cache[0] != key:
-            with evaluating(owner), torch.no_grad():
-                self._cache = key, self._mixture()
-        return self._cache[1]
+        with _disable_current_modes():  # constants of a recording, too
+            key = [(t.dtype, t.device, t._version, t.detach().sum().item()) for t in tensors]
+            if self._cache is None or self._cache[0] != key:
+                with evaluating(owner), torch.no_grad():
+                    self._cache = key, self._mixture()
+            return self._cache[1]
 
     def _mixture(self) -> NormalMixture:
         parts = self._posterior[0](self.pseudo_inputs)

@@ -162,10 +162,57 @@ def test_a_mixture_goes_where_gaussians_go() -> None:
         dist.Categorical(torch.ones(3)), dist.Normal(torch.randn(3, 2), 1.0).to_event(1)
     )
     wide = mixture.expand(torch.Size([5, 4]))
-    assert isinstance(wide, NormalMixture) and wide.sample().shape == (5, 4, 2)
+    assert wide.support is mixture.support and wide.sample().shape == (5, 4, 2)
+    assert wide.sample((3,)).shape == (3, 5, 4, 2)
+    assert wide.log_prob(torch.zeros(2)).shape == (5, 4)
     z = torch.randn(6, 2)
     responsibilities = mixture.responsibilities(z)
     torch.testing.assert_close(responsibilities.sum(-1), torch.ones(6))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
+def test_a_matrix_product_loses_no_digit_of_the_mixture(scale: float) -> None:
+    """Against broadcasting in float64, near components and far from them."""
+    loc = 5 * torch.randn(30, 40)
+    scales = scale * (0.5 + torch.rand(30, 40))
+    logits = torch.randn(30)
+    near = loc[torch.randint(30, (200,))]
+    z = torch.cat([near + scale * torch.randn(200, 40), 10 * torch.randn(20, 40)])
+    mixture = NormalMixture(dist.Categorical(logits=logits), dist.Normal(loc, scales).to_event(1))
+    wide = dist.Normal(loc.double(), scales.double()).to_event(1)
+    parts = wide.log_prob(z.double().unsqueeze(1)) + logits.double().log_softmax(0)
+    # Single precision is in the answer alone; float64 cancels by 1e-4 nats at the floor of scales.
+    found = mixture.log_prob(z)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), parts.logsumexp(1), rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(mixture.responsibilities(z).sum(-1), torch.ones(220))
+
+
+def test_a_batch_of_mixtures_scores_row_by_row() -> None:
+    loc, scale, logits = torch.randn(4, 3, 2), torch.rand(4, 3, 2) + 0.5, torch.randn(4, 3)
+    z = torch.randn(7, 4, 2)
+    together = NormalMixture(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
+    for b in range(4):
+        alone = NormalMixture(
+            dist.Categorical(logits=logits[b]), dist.Normal(loc[b], scale[b]).to_event(1)
+        )
+        torch.testing.assert_close(together.log_prob(z)[:, b], alone.log_prob(z[:, b]))
+
+
+def test_gradients_of_the_matrix_product_are_those_of_broadcasting(double: None) -> None:
+    loc, raw, logits = (torch.randn(s, requires_grad=True) for s in ((5, 3), (5, 3), (5,)))
+    z = torch.randn(6, 3, requires_grad=True)
+    parts = dist.Normal(loc, raw.exp()).to_event(1)
+    expected = (parts.log_prob(z.unsqueeze(1)) + logits.log_softmax(0)).logsumexp(1).sum()
+    again = dist.Normal(loc, raw.exp()).to_event(1)
+    found = NormalMixture(dist.Categorical(logits=logits), again).log_prob(z).sum()
+    inputs = (loc, raw, logits, z)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs),
+        torch.autograd.grad(expected, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_vamp_prior_of_a_pair_is_not_owned_twice() -> None:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pairs import Pair, digits_pair, guide_of, mirrored, tilted, two_levels, wrong_guide
+from pairs import (
+    Pair,
+    catalogue_pair,
+    digits_pair,
+    guide_of,
+    mirrored,
+    tilted,
+    two_levels,
+    wrong_guide,
+)
 from pyro_vae.models import PPCA
 from pyro_vae.posterior import quadrature
 from pyro_vae.verdict.bounds import bounds, pareto_khat
@@ -72,6 +81,44 @@ def test_bounds_in_chunks_are_the_same_draws_of_another_order(trained: Pair, dig
     assert_z(whole.elbo, pieces.elbo, (whole.elbo_se**2 + pieces.elbo_se**2).sqrt())
     with pytest.raises(ValueError, match="at least 2 draws"):
         bounds(trained.model, trained.guide, (x,), draws=1)
+
+
+@pytest.mark.parametrize("chunk", [400, 2500])
+@pytest.mark.parametrize("prior", ["standard", "vamp"])
+def test_compiled_bounds_are_the_same_draws(prior: str, chunk: int) -> None:
+    """Rows and draws that no chunk divides: 2 of 5 rows at once, 334 of 1,000 draws."""
+    x = (torch.rand(40, 64) > 0.5).float()
+    pair = catalogue_pair(x, prior)
+    plain, fast = (
+        bounds(*pair, (x[:5],), draws=1000, keep=600, chunk=chunk, compile=way)
+        for way in (False, True)
+    )
+    torch.testing.assert_close(plain.draws["z"], fast.draws["z"])
+    torch.testing.assert_close(plain.iwae, fast.iwae)
+    torch.testing.assert_close(plain.ess, fast.ess, rtol=1e-3, atol=0)
+    assert fast.elbo.shape == (5,) and fast.draws["z"].shape == (1, 600, 5, 2)
+    assert pair.model.training and pair.guide.training
+
+
+def test_draws_in_chunks_are_as_many_and_unlike() -> None:
+    x = torch.zeros(2, 64)
+    found = bounds(*digits_pair(), (x,), draws=100, chunk=35)
+    z = found.draws["z"]
+    assert z.shape == (1, 100, 2, 2) and len(z.reshape(-1, 2).unique(dim=0)) == 200
+    assert bounds(*digits_pair(), (x,), draws=100, keep=0).draws["z"].shape == (1, 0, 2, 2)
+
+
+def test_a_pair_that_cannot_be_recorded_is_not_compiled() -> None:
+    exact = tilted()
+    x = exact(None, size=3).detach()
+
+    def posterior(x: Tensor) -> Any:
+        found: Any = exact.posterior(x)
+        return found if found.mean.sum() > -torch.inf else None
+
+    plain = bounds(exact, guide_of(posterior), (x,))
+    with pytest.warns(UserWarning, match="not compiled"):
+        assert torch.equal(bounds(exact, guide_of(posterior), (x,), compile=True).elbo, plain.elbo)
 
 
 @pytest.mark.parametrize(

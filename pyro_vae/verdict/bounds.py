@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.capture import CannotCaptureError, Recorded
 from pyro_vae.checks import check_pair
 from pyro_vae.pair import Batch, Guide, Model, evaluating, log_densities, preserved_rng
 from pyro_vae.posterior.draws import Draws
@@ -36,6 +40,13 @@ class Bounds:
     khat: Tensor
     draws: Draws
 
+    @classmethod
+    def joined(cls, parts: Sequence[Bounds]) -> Bounds:
+        """The bounds of several batches as those of one."""
+        names = ("elbo", "elbo_se", "iwae", "iwae_se", "ess", "khat")
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return cls(**tensors, draws=Draws.joined([part.draws for part in parts]))
+
 
 def bounds(
     model: Model,
@@ -44,7 +55,8 @@ def bounds(
     *,
     draws: int = 1000,
     keep: int = 1000,
-    chunk: int = 2**15,
+    chunk: int = 2**12,
+    compile: bool = False,
     seed: int = 0,
 ) -> Bounds:
     r"""Draw from the guide and weigh, for each datum.
@@ -57,8 +69,10 @@ def bounds(
         batch: tensors of `B` rows.
         draws: `S` for each datum, at least 2.
         keep: draws that are returned, at most; weights are not.
-        chunk: draws times rows evaluated at once, which bounds the memory. All draws of a row
-            are evaluated together, so the encoder sees each row once.
+        chunk: draws times rows evaluated at once, which bounds the memory whatever `S` is; the
+            guide runs once a chunk. Some thousand keep what a decoder computes in the cache.
+        compile: score a chunk by a recording of the pair, compiled: half the time or less, after
+            some seconds. It draws the same. Where that is impossible it warns and goes on.
         seed: of the draws; torch's random state is left as it was.
 
     Returns:
@@ -78,17 +92,57 @@ def bounds(
     check_pair(model, guide, batch)
     if draws < 2:
         raise ValueError(f"bounds wants at least 2 draws a datum; got {draws}")
-    rows = max(1, chunk // draws)
+    count, keep = len(batch[0]), min(keep, draws)
+    rows, at_once = _evenly(count, max(1, chunk // draws)), _evenly(draws, chunk)
     figures: list[tuple[Tensor, ...]] = []
-    kept: list[dict[str, Tensor]] = []
+    kept: list[list[Tensor]] = []
     with preserved_rng(seed), evaluating(model, guide), torch.no_grad():
-        for i in range(0, len(batch[0]), rows):
-            part = log_densities(model, guide, tuple(part[i : i + rows] for part in batch), draws)
-            figures.append(_figures(part.log_weight.double().cpu()))
-            kept.append({name: value[:keep].cpu() for name, value in part.latents.items()})
-    sites = {name: torch.cat([part[name] for part in kept], 1).unsqueeze(0) for name in kept[0]}
+        names = list(log_densities(model, guide, tuple(p[:1] for p in batch), 1).latents)
+        score = _scoring(model, guide, at_once)
+        if compile:
+            score = _compiled(score, tuple(p[:rows] for p in batch))
+        for start in range(0, count, rows):
+            index = torch.arange(start, start + rows, device=batch[0].device).clamp_max(count - 1)
+            inputs, weights, latents = tuple(p[index] for p in batch), [], []
+            for done in range(0, draws, at_once):
+                log_weight, *values = score(*inputs)
+                weights.append(log_weight.double().cpu())
+                latents.append([v[: max(0, keep - done)].clone().cpu() for v in values])
+            figures.append(_figures(torch.cat(weights)[:draws, : count - start]))
+            kept.append([torch.cat(v)[:, : count - start] for v in zip(*latents, strict=True)])
+    sites = {
+        name: torch.cat(values, 1).unsqueeze(0)
+        for name, values in zip(names, map(list, zip(*kept, strict=True)), strict=True)
+    }
     elbo, elbo_se, iwae, iwae_se, ess, khat = (torch.cat(c) for c in zip(*figures, strict=True))
     return Bounds(elbo, elbo_se, iwae, iwae_se, ess, khat, Draws(sites, method="guide"))
+
+
+Scoring = Callable[..., tuple[Tensor, ...]]
+"""From the rows of a batch to log w, `(S, B)`, and the latents that were drawn."""
+
+
+def _scoring(model: Model, guide: Guide, draws: int) -> Scoring:
+    def score(*batch: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            found = log_densities(model, guide, batch, draws)
+        return found.log_weight, *found.latents.values()
+
+    return score
+
+
+def _compiled(score: Scoring, inputs: Batch) -> Scoring:
+    try:
+        with pyro.validation_enabled(False), preserved_rng():
+            return Recorded(score, *inputs).compiled(*inputs)
+    except CannotCaptureError as error:
+        warnings.warn(f"bounds are not compiled: {error}", stacklevel=3)
+        return score
+
+
+def _evenly(total: int, most: int) -> int:
+    """The size of equal parts of `total`, each of `most` or fewer."""
+    return math.ceil(total / math.ceil(total / most))
 
 
 def _figures(log_weight: Tensor) -> tuple[Tensor, ...]:
@@ -141,7 +195,8 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
     if count < 25:
         raise ValueError(f"pareto_khat wants at least 25 draws a datum; got {count}")
     size = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
-    top = (log_weight - log_weight.max(0).values).double().sort(0).values[-size - 1 :]
+    relative = (log_weight - log_weight.max(0).values).double()
+    top = relative.topk(size + 1, 0).values.flip(0)
     excess = top[1:].exp() - top[0].clamp_min(math.log(torch.finfo(torch.float64).tiny)).exp()
     alike = top[-1] - top[0] < 1e-3
     extreme = ~alike & (excess[len(excess) // 4] <= 0)

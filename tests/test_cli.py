@@ -1,0 +1,231 @@
+"""The command line: from data to a judged guide, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import pyro_vae as pv
+from pyro_vae import cli, recipe
+from pyro_vae.recipe import Part, Recipe
+
+QUICK = ["--fit.epochs", "2", "--hidden", "[16]", "--quiet"]
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = cli.main([str(word) for word in arguments])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    assert cli.main(["fit", "--out", str(folder), *QUICK]) == 0
+    return folder
+
+
+def test_a_run_folder_holds_what_repeats_it(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "config.yaml", "run.json", "log.jsonl", "history.csv", "checkpoint.pt",
+        "model.safetensors", "guide.safetensors",
+    }  # fmt: skip
+    config = finished / "config.yaml"
+    code, _, _ = _run(
+        capsys, "fit", "--config", str(config), "--out", str(tmp_path / "b"), "--quiet"
+    )
+    assert code == 0
+    a, b = (recipe.open_run(folder) for folder in (finished, tmp_path / "b"))
+    for part, other in ((a.model, b.model), (a.guide, b.guide)):
+        state = other.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
+
+
+def test_options_override_a_configuration(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toml = tmp_path / "mine.toml"
+    toml.write_text('hidden = [8]\nprior = "DiagonalNormal"\n[fit]\nepochs = 9\n')
+    code, _, errors = _run(
+        capsys, "fit", "--config", str(toml), "--out", str(tmp_path / "c"), "--fit.epochs", "1",
+        "--quiet",
+    )  # fmt: skip
+    assert code == 0, errors
+    found = recipe.read_recipe(tmp_path / "c" / "config.yaml")
+    assert found.hidden == (8,) and found.fit.epochs == 1 and found.prior == Part("DiagonalNormal")
+
+
+def test_evaluate_gives_what_bounds_gives(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = _run(capsys, "evaluate", str(finished), "--rows", "20", "--draws", "50")
+    assert code == 0 and "log p(x), IWAE" in out
+    run = recipe.open_run(finished)
+    found = pv.bounds(run.model, run.guide, (run.data.test[0][:20],), draws=50, seed=0)
+    written = json.loads((finished / "evaluation.json").read_text())
+    assert written["log_likelihood"] == pytest.approx(found.iwae.mean().item(), abs=1e-4)
+    assert len(pd.read_csv(finished / "evaluation.csv")) == 20
+
+
+@pytest.mark.slow
+def test_compare_and_sample(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(capsys, "compare", str(finished), "--rows", "3", "--quiet")
+    assert code == 0 and "MCMC" in out
+    assert len(pd.read_csv(finished / "verdict" / "table.csv")) == 3
+    assert (finished / "verdict" / "posteriors.png").stat().st_size > 10_000
+    assert _run(capsys, "sample", str(finished), "--count", "10")[0] == 0
+    drawn = np.load(finished / "samples.npy")
+    assert drawn.shape == (10, 64) and set(np.unique(drawn)) <= {0, 1}
+
+
+def test_a_folder_of_images_and_a_file(
+    tmp_path: Path, digits: pv.data.Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a command of its own: real digits as PNGs, and as an `.npz`."""
+    x = digits.train[0][:60].reshape(-1, 8, 8).numpy()
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, image in enumerate(x):
+        Image.fromarray((255 * image).astype(np.uint8)).save(images / f"{number:03}.png")
+    np.savez(tmp_path / "x.npz", x=x.reshape(60, -1))
+    for number, source in enumerate((images, tmp_path / "x.npz")):
+        command = [
+            sys.executable, "-m", "pyro_vae.cli", "fit", "--out", str(tmp_path / f"run{number}"),
+            "--data.name", str(source), "--data.binarize", "threshold", *QUICK,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "validation ELBO" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"prior": Part("GaussianMixture", {"components": 4})},
+        {"prior": Part("VampPrior", {"components": 4})},
+        {"prior": Part("FlowPrior")},
+        {"guide": Part("FlowGuide", {"hidden": [8]})},
+        {"guide": Part("MultivariateNormalGuide")},
+        {"likelihood": Part("ContinuousBernoulli")},
+        {"likelihood": Part("Categorical", {"levels": 2})},
+        {"network": "GatedMLP"},
+    ],
+    ids=str,
+)
+def test_parts_by_name(part: dict[str, Any]) -> None:
+    built = recipe.build(Recipe(hidden=(8,), **part))
+    pv.check_pair(built.model, built.guide, (built.data.test[0][:5],))
+
+
+def test_a_class_of_ones_own_is_imported_if_allowed_and_never_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_parts.py").write_text(
+        "from pathlib import Path\nfrom pyro_vae.priors import DiagonalNormal\n"
+        "Path('it_ran').touch()\nclass Mine(DiagonalNormal):\n    '''A prior.'''\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named = ["fit", "--out", "run", "--prior.name", "my_parts:Mine", *QUICK]
+    code, _, errors = _run(capsys, *named)
+    assert code == 1 and "is of a module that is not allowed" in errors
+    assert not Path("it_ran").exists()
+    assert _run(capsys, *named, "--allow", "[my_parts]")[0] == 0 and Path("it_ran").exists()
+    code, _, errors = _run(capsys, "evaluate", "run")
+    assert code == 1 and "--allow my_parts" in errors
+    assert _run(capsys, "evaluate", "run", "--allow", "[my_parts]", "--rows", "5")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["fit", "--fit.epocs", "3"], 2, "--fit.epochs"),
+        (["fti"], 2, "fit"),
+        ([], 2, "pyro-vae --help"),
+        (["fit", "--fit.epochs", "many"], 2, "many"),
+        (["fit", "--prior.name", "VampPrio"], 1, "'VampPrior'?"),
+        (["fit", "--data.name", "mnits"], 1, "unknown data set"),
+        (["fit", "--prior.options.wide", "3"], 1, "unknown option of StandardNormal 'wide'"),
+        (["fit", "--config", "absent.yaml"], 1, "absent.yaml' cannot be read: No such file"),
+        (["evaluate", "nowhere"], 1, "is no run folder"),
+        (["fit", "--fit.epochs", "0"], 1, "epochs must be an integer >= 1"),
+    ],
+)
+def test_errors_are_one_sentence_and_the_nearest(
+    arguments: list[str], code: int, message: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    found, _, errors = _run(capsys, *arguments)
+    assert found == code and message in errors and "Traceback" not in errors
+    assert errors.startswith("pyro-vae: ")
+
+
+def test_bad_configurations_and_folders(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = yaml.safe_load((finished / "config.yaml").read_text())
+    bad = tmp_path / "config.yaml"
+    for change, message in (
+        ({"latnet": 3}, "unknown key 'latnet'\n  try:      'latent'?"),
+        ({"fit": {"epoch": 3}}, "unknown key 'epoch'\n  try:      'epochs'?"),
+        ({"version": "99.0"}, "is of pyro_vae 99.0"),
+    ):
+        bad.write_text(yaml.safe_dump(plain | change))
+        code, _, errors = _run(capsys, "fit", "--config", str(bad), "--out", str(tmp_path / "x"))
+        assert code == 1 and message in errors, errors
+    bad.write_text("!!python/object/apply:os.system ['touch evil']")
+    assert _run(capsys, "fit", "--config", str(bad))[0] == 1 and not Path("evil").exists()
+    bad.write_text(yaml.safe_dump(plain))
+    code, _, errors = _run(capsys, "evaluate", str(tmp_path))
+    assert code == 1 and "is not finished" in errors
+    for name in ("model", "guide"):
+        target = tmp_path / f"{name}.safetensors"
+        target.write_bytes((finished / target.name).read_bytes())
+    bad.write_text(yaml.safe_dump(plain | {"hidden": [4]}))
+    code, _, errors = _run(capsys, "evaluate", str(tmp_path))
+    assert code == 1 and "are not those of its config.yaml" in errors
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no run folder"):
+        cli.main(["evaluate", str(tmp_path), "--debug"])
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "pyro_vae.cli", "fit", "--out", str(out), "--hidden", "[16]"]
+    command += ["--fit.save_every", "0", "--quiet"]
+    endless = subprocess.Popen(
+        [*command, "--fit.epochs", "100000"], stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(600):
+        if (out / "checkpoint.pt").exists():
+            break
+        time.sleep(0.1)
+    endless.send_signal(signal.SIGINT)
+    _, errors = endless.communicate(timeout=60)
+    assert endless.returncode == 130 and "interrupted; what was finished is kept" in errors
+    done = len((out / "log.jsonl").read_text().splitlines())
+    again = subprocess.run(
+        [*command, "--fit.epochs", str(done + 1)], capture_output=True, text=True, env=os.environ
+    )
+    assert again.returncode == 0, again.stderr
+    assert len((out / "log.jsonl").read_text().splitlines()) >= done
