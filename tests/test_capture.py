@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import pyro_vae as pv
-from pairs import Pair, digits_pair
+from pairs import (
+    GUIDES,
+    PRIORS,
+    Pair,
+    catalogue_pair,
+    digits_pair,
+    hierarchical_pair,
+    quantized_pair,
+)
 from pyro_vae.capture import CannotCaptureError, Recorded
 from pyro_vae.svi import objectives
 
@@ -139,6 +148,45 @@ def test_the_elbo_is_that_of_trace_elbo_for_the_same_noise() -> None:
         found.append((loss, *torch.autograd.grad(loss, parameters)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+CATALOGUE: dict[str, Callable[[Tensor], Pair]] = {
+    **{f"prior {name}": partial(catalogue_pair, prior=name) for name in PRIORS},
+    **{f"guide {name}": partial(catalogue_pair, guide=name) for name in GUIDES if name != "local"},
+    "hierarchical": hierarchical_pair,
+    "quantized": lambda x: quantized_pair(),
+}
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_recording_of_any_pair_of_the_catalogue_is_the_pair(
+    name: str, digits: pv.data.Dataset
+) -> None:
+    x = digits.train[0][:32]
+    model, guide = CATALOGUE[name](x)
+    parameters = [p for part in (model, guide) for p in part.parameters() if p.requires_grad]
+
+    def gradients(x: Tensor) -> tuple[Any, ...]:
+        loss = objectives.ELBO().tensor_loss(model, guide, x)
+        return loss.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    with pyro.validation_enabled(False):
+        recorded = Recorded(gradients, x)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            ours = recorded(x.flip(0))
+            torch.manual_seed(seed)
+            for a, b in zip(ours, gradients(x.flip(0)), strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_looks_at_its_rows_and_is_refused(digits: pv.data.Dataset) -> None:
+    x = digits.train[0][:32]
+    pair = catalogue_pair(x, guide="local")
+    with pyro.validation_enabled(False), pytest.raises(CannotCaptureError, match="data-dependent"):
+        Recorded(lambda x: objectives.ELBO().tensor_loss(*pair, x), x)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -135,6 +135,22 @@ def test_more_epochs_prolong_a_fit(tmp_path: Path) -> None:
     assert len(log) == 6 and '"epoch": 6' in log[-1]
 
 
+def test_an_explosion_does_not_replace_a_good_checkpoint(tmp_path: Path) -> None:
+    """The rate explodes within an epoch; a checkpoint is due after every step."""
+    wild = lambda step: 1.0 if step < 15 else 1e30  # noqa: E731
+    with pytest.raises(FloatingPointError, match=r"epoch 2, batch \d+"):
+        _fit(tmp_path, schedule=wild, clip=None)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(part).all() for part in state["weights"])
+    assert 15 <= state["counts"][2] <= 16
+
+
+def test_measurements_leave_the_fit_as_it_is() -> None:
+    whole, _ = _uninterrupted()
+    rarely, run = _fit(None, measure_every=6)
+    assert _same(whole, rarely) and len(run.epochs) == 1
+
+
 def test_another_fit_is_refused(tmp_path: Path) -> None:
     _fit(tmp_path, epochs=1)
     before = (tmp_path / "checkpoint.pt").read_bytes()

@@ -16,8 +16,7 @@ class AdamUpdate:
 
     What depends on the step `t` is put into `numbers` beforehand, by `prepare`: the update
     itself reads tensors only, so a recording of it holds for every step and learning rate.
-    The optimizer's own `step()` may be called in between, and its state be saved, after
-    `settle`.
+    The optimizer's own `step()` may be called in between, after `settle` and before `read`.
 
     Args:
         optimizer: one for which `knows` holds.
@@ -43,7 +42,7 @@ class AdamUpdate:
                 }
         self.state = [optimizer.state[parameter] for parameter in parameters]
         self.parameters = parameters
-        self.pending = 0
+        self.read()
 
     @staticmethod
     def knows(optimizer: Optimizer) -> bool:
@@ -57,13 +56,17 @@ class AdamUpdate:
 
     def settle(self) -> None:
         """Tell the optimizer how many steps were taken."""
-        torch._foreach_add_([state["step"] for state in self.state], self.pending)
-        self.pending = 0
+        for state in self.state:
+            state["step"].fill_(self.taken)
+
+    def read(self) -> None:
+        """Learn from the optimizer how many steps were taken."""
+        self.taken = int(self.state[0]["step"].item())
 
     def prepare(self) -> None:
         """Count a step, and put step size, √(1 − β₂ᵗ) and decay of the weights into place."""
-        self.pending += 1
-        step, lr = self.state[0]["step"].item() + self.pending, float(self.group["lr"])
+        self.taken += 1
+        step, lr = self.taken, float(self.group["lr"])
         first, second = self.group["betas"]
         shrink = 1 - lr * self.group["weight_decay"] if self.decoupled else 1.0
         numbers = [lr / (1 - first**step), (1 - second**step) ** 0.5, shrink]

@@ -78,7 +78,8 @@ def fit(
             then what is measured and kept.
         objective: a Pyro ELBO with a `differentiable_loss`, `Trace_ELBO()` by default.
         patience: stop after so many epochs without a higher validation ELBO; `None`: never.
-        measure_every: epochs between measurements; the last is always measured.
+        measure_every: epochs between measurements, which have draws of their own and leave the
+            fit as it is; the last epoch is always measured.
         draws: for each datum of a measurement.
         compile: record the step once and compile it. What Python decides, such as a branch or
             a count, is then decided once; random draws are fresh in every step. Where a loss

@@ -76,6 +76,7 @@ class Fitting:
         self.history: list[Epoch] = []
         self.kept = self.whole = self.weights.copy()
         self.folder: RunFolder | None = None
+        self.save_every = math.inf
         self.saved = self.started = time.perf_counter()
 
     def record(self) -> None:
@@ -142,8 +143,6 @@ class Fitting:
             "processes": place(self.fabric)[1],
         }
 
-    save_every = math.inf
-
     def resume(self, folder: RunFolder, save_every: float) -> None:
         """Work in a folder, from its checkpoint if it holds one."""
         self.folder, self.save_every = folder, save_every
@@ -151,7 +150,7 @@ class Fitting:
         if state is None:
             return
         self.weights.restore(state["weights"])
-        self.weights.averaged = state["averaged"]
+        self.weights.averaged = [part.to(self.weights.device) for part in state["averaged"]]
         self.kept = self.whole = state["kept"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.batch, self.step, self.best = state["counts"]
@@ -163,8 +162,8 @@ class Fitting:
             torch.cuda.set_rng_state(state["cuda_rng"][self.rows.rank])
 
     def _save(self) -> None:
-        if self.folder is None:
-            return
+        if self.folder is None or not self.weights.finite:
+            return  # what the next look will refuse does not replace a good checkpoint
         on_gpu = self.weights.device.type == "cuda"
         self.steps.settle()
         state: State = {
@@ -193,6 +192,7 @@ class Fitting:
             if self.batch % LOOKED_AT == 0:
                 self._look()
             if alone and time.perf_counter() - self.saved >= self.save_every:
+                self._look()
                 self._save()
         self._look()
         losses = torch.stack(self.losses).double().cpu()
@@ -227,8 +227,9 @@ class Fitting:
     def _measure(self, loss: float) -> Epoch:
         judged = self.weights.judged()
         validation = self.rows.validation
-        few = self.rows.first(len(validation[0]))
-        with self.weights.holding(judged):
+        draws_of_epoch = 1_000_003 * (self.rows.seed + self.epoch) + self.rows.rank
+        with self.weights.holding(judged), preserved_rng(draws_of_epoch):
+            few = self.rows.first(len(validation[0]))
             terms = {
                 name: value
                 for split, batch in (("train", few), ("validation", validation))

@@ -25,13 +25,11 @@ class Rows:
     """
 
     def __init__(self, data: Dataset | Batch, seed: int, ranks: tuple[int, int]) -> None:
-        split = isinstance(data, Dataset)
         self.train: Batch = data.train if isinstance(data, Dataset) else data
         self.validation: Batch = data.validation if isinstance(data, Dataset) else data
         self.per_batch: Callable[[Tensor], Tensor] | None = (
             data.per_batch if isinstance(data, Dataset) else None
         )
-        self.own_validation = not split
         self.seed, (self.rank, self.count) = seed, ranks
         self.device = torch.device("cpu")
 

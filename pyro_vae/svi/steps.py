@@ -99,14 +99,17 @@ class RecordedSteps(Steps):
             self._compile(recorded, batch)
         except CannotCaptureError as error:
             warnings.warn(
-                f"not compiled, recorded operations run one by one instead: {error}", stacklevel=4
+                f"not compiled, recorded operations run one by one instead: {error}", stacklevel=5
             )
 
     def __call__(self, batch: tuple[Tensor, ...], share: float = 1.0) -> Tensor:
         """Take a step, in one call if the batch has the shape that was compiled."""
         if self.whole is None or _shapes(batch) != self.shape:
             self.settle()
-            return super().__call__(batch, share)
+            loss = super().__call__(batch, share)
+            if self.whole is not None:
+                self.update.read()
+            return loss
         self.update.prepare()
         return self.whole(*batch).clone()
 

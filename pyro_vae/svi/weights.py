@@ -64,6 +64,11 @@ class Weights:
         """Where the parameters are."""
         return self.parameters[0].device
 
+    @property
+    def finite(self) -> bool:
+        """Whether every parameter is a finite number."""
+        return all(bool(torch.isfinite(p).all()) for p in self.parameters)
+
     @torch.no_grad()
     def follow(self, step: int) -> None:
         """Move the average towards the parameters, after a step; faster in the first steps."""
