@@ -27,7 +27,8 @@ class Recorded:
 
     What Python did between the operations (effect handlers, shapes, branches, numbers) happened
     once, at the recording. What tensors hold is looked up anew in every call: the inputs, the
-    tensors that the function closes over, which it may change in place, and fresh random draws.
+    tensors that the function closes over, which it may change in place, and fresh draws of torch;
+    draws of numpy or Python happened at the recording.
 
     Args:
         function: called once, with gradients on, on stand-ins that have shapes and no values:
@@ -65,6 +66,9 @@ class Recorded:
             raise CannotCaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
         finally:
             before.restore()
+        strange = [n for n in found.graph.find_nodes(op="get_attr") if not _is_tensor(found, n)]
+        if strange:
+            raise CannotCaptureError(f"the function uses {strange[0].target}, which is no tensor")
         self.graph, self.constants = _lifted(found)
         outputs = self.graph.graph.output_node().args[0]
         self.present = (
@@ -129,6 +133,10 @@ class _Untouched(TorchDispatchMode):
         """Put the values back."""
         for tensor, value in self.values.values():
             tensor.copy_(value)
+
+
+def _is_tensor(module: GraphModule, node: Node) -> bool:
+    return isinstance(getattr(module, str(node.target)), Tensor)
 
 
 def _lifted(found: GraphModule) -> tuple[GraphModule, list[Tensor]]:

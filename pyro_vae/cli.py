@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _parser(given)
         options = parser.parse_args(given)
         start = time.perf_counter()
+        _check_seed(options[options.command].seed)
         written = globals()[f"_{options.command}"](options[options.command])
         print(f"{written} ({time.perf_counter() - start:.0f} s)")
     except ArgumentError as error:
@@ -102,11 +103,14 @@ def _add_options(name: str, command: ArgumentParser, given: Sequence[str]) -> No
     )  # fmt: skip
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"a seed is 0 or more, and below 2**32; got {seed}")
+
+
 def _demo(options: Namespace) -> str:
     from pyro_vae.demo import demo
 
-    if not 0 <= options.seed < 2**63:
-        raise ValueError(f"a seed is 0 or more, and below 2**63; got {options.seed}")
     run, verdict = demo(
         options.out, epochs=options.epochs, digits=options.digits,
         seed=options.seed, progress=not options.quiet,
@@ -118,11 +122,12 @@ def _demo(options: Namespace) -> str:
 
 def _fit(options: Namespace) -> str:
     from pyro_vae.demo import writable_folder
-    from pyro_vae.recipe import build, recipe_of, write_recipe
+    from pyro_vae.recipe import build, recipe_of, refuse_another, write_recipe
     from pyro_vae.svi import fit, save_weights
 
     recipe = recipe_of(options)
     folder = writable_folder(options.out)
+    refuse_another(folder, recipe)
     rows, model, guide = build(recipe, allow=options.allow)
     write_recipe(folder, recipe)
     run = fit(

@@ -282,11 +282,12 @@ class VampPrior(nn.Module):
     def forward(self, *context: Tensor) -> NormalMixture:
         """Return the distribution, event shape `(L,)`."""
         owner = getattr(self._posterior[0], "__self__", self._posterior[0])
-        if self.training or not isinstance(owner, nn.Module):
+        learning = torch.is_grad_enabled() and self.raw.requires_grad
+        if self.training or learning or not isinstance(owner, nn.Module):
             return self._mixture()
         tensors = [*self.parameters(), *owner.parameters(), *owner.buffers()]
         with _disable_current_modes():  # constants of a recording, too
-            key = [(t.dtype, t.device, t._version, t.detach().sum().item()) for t in tensors]
+            key = [(t.data_ptr(), t.dtype, t._version, t.detach().sum().item()) for t in tensors]
             if self._cache is None or self._cache[0] != key:
                 with evaluating(owner), torch.no_grad():
                     self._cache = key, self._mixture()

@@ -276,6 +276,27 @@ def recipe_of(options: Any) -> Recipe:
     return _from_plain(Recipe, plain, "options")
 
 
+def refuse_another(folder: Path, recipe: Recipe) -> None:
+    """Leave a folder alone that holds the run of another recipe.
+
+    Raises:
+        ValueError: it does; what only prolongs or hastens a fit may differ.
+    """
+    if not (folder / "config.yaml").exists():
+        return
+    free = ("epochs", "patience", "save_every", "compile")
+    found, wanted = (
+        {**asdict(r), "fit": {k: v for k, v in asdict(r.fit).items() if k not in free}}
+        for r in (read_recipe(folder / "config.yaml"), recipe)
+    )
+    other = [key for key in wanted if found[key] != wanted[key]]
+    if other:
+        raise ValueError(
+            f"folder {str(folder)!r} holds the run of another configuration: {', '.join(other)} "
+            f"differ\n  expected: that of {folder / 'config.yaml'}\n  try:      another --out"
+        )
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 

@@ -192,6 +192,11 @@ def test_a_table_looks_at_its_rows_and_is_refused(digits: pv.data.Dataset) -> No
 OPTIONS: dict[str, dict[str, Any]] = {
     "Adam": {},
     "AdamW": {"optimizer": torch.optim.AdamW},
+    "decoupled Adam": {
+        "optimizer": lambda p, lr: torch.optim.Adam(
+            p, lr=lr, weight_decay=0.5, decoupled_weight_decay=True
+        )
+    },
     "decayed Adam": {"optimizer": lambda p, lr: torch.optim.Adam(p, lr=lr, weight_decay=0.1)},
     "SGD": {"optimizer": torch.optim.SGD, "lr": 1e-2},
     "clipped": {"clip": 0.5},
@@ -218,6 +223,26 @@ def test_a_compiled_fit_is_the_fit(name: str, digits: pv.data.Dataset) -> None:
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_a_vamp_prior_left_in_eval_mode_learns_under_compile(digits: pv.data.Dataset) -> None:
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, guide = catalogue_pair(digits.train[0], prior="vamp")
+        model.prior.eval()
+        pv.fit(model, guide, digits, epochs=2, progress=False, compile=compiled)
+        found.append(model.prior.pseudo_inputs.detach())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(
+        found[0], catalogue_pair(digits.train[0], prior="vamp").model.prior.pseudo_inputs
+    )
+
+
+def test_a_generator_of_ones_own_cannot_be_recorded() -> None:
+    generator = torch.Generator()
+    with pytest.raises(CannotCaptureError):
+        Recorded(lambda x: x + torch.rand(x.shape, generator=generator), X)
 
 
 def _branching() -> Pair:

@@ -203,6 +203,16 @@ def test_bad_configurations_and_folders(
     assert code == 1 and "are not those of its config.yaml" in errors
 
 
+def test_a_refused_fit_leaves_a_run_as_it_is(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "config.yaml").read_text()
+    for change in (["--likelihood.name", "ContinuousBernoulli"], ["--fit.warm_up", "5"]):
+        code, _, errors = _run(capsys, "fit", "--out", str(finished), *QUICK, *change)
+        assert code == 1 and "another configuration" in errors
+    assert (finished / "config.yaml").read_text() == before
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no run folder"):
         cli.main(["evaluate", str(tmp_path), "--debug"])
@@ -212,10 +222,11 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "pyro_vae.cli", "fit", "--out", str(out), "--hidden", "[16]"]
-    command += ["--fit.save_every", "0", "--quiet"]
+    command += ["--fit.save_every", "0.5", "--quiet"]
     endless = subprocess.Popen(
-        [*command, "--fit.epochs", "100000"], stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--fit.epochs", "100000"], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     for _ in range(600):
         if (out / "checkpoint.pt").exists():
             break

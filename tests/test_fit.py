@@ -275,6 +275,28 @@ def test_a_schedule_is_the_rate_of_each_step(digits: Any) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_a_schedule_keeps_the_rates_of_groups(digits: Any) -> None:
+    def groups(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(
+            [{"params": parameters[:1], "lr": 0.0}, {"params": parameters[1:]}], lr
+        )
+
+    pair = digits_pair()
+    before = _state(pair)
+    _fit(pair, digits, epochs=1, optimizer=groups, schedule=lambda step: 1.0)
+    assert sum(torch.equal(a, b) for a, b in zip(before, _state(pair), strict=True)) == 1
+
+
+def test_patience_waits_for_a_measurement(digits: Any) -> None:
+    run = _fit(digits_pair(), digits, epochs=30, measure_every=10, patience=5)
+    assert [epoch.epoch for epoch in run.epochs] == [10, 20, 30] and not run.stopped_early
+
+
+def test_an_optimizer_with_a_closure_is_refused(digits: Any) -> None:
+    with pytest.raises(ValueError, match="LBFGS wants a closure"):
+        _fit(digits_pair(), digits, optimizer=torch.optim.LBFGS)
+
+
 def _plain_adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=lr)
 
@@ -318,7 +340,7 @@ def test_measurements_can_be_rare(digits: Any) -> None:
     assert run.best.epoch == run.best_epoch and run.history.index.tolist() == seen
 
 
-def test_several_seeds_give_a_mean_with_its_error(digits: Any) -> None:
+def test_several_seeds_give_a_mean_with_its_error(digits: Any, tmp_path: Path) -> None:
     runs = pv.svi.repeat(digits_pair, digits, seeds=(0, 1, 2), epochs=2, progress=False)
     again = pv.svi.repeat(digits_pair, digits, seeds=(1,), epochs=2, progress=False)
     elbos = runs.table["validation_elbo"]
@@ -326,6 +348,10 @@ def test_several_seeds_give_a_mean_with_its_error(digits: Any) -> None:
     assert runs.validation_elbo_se == pytest.approx(elbos.std() / 3**0.5)
     assert elbos[1] == again.table["validation_elbo"][1] and elbos.nunique() == 3
     assert "3 seeds" in repr(runs)
+    each = pv.svi.repeat(
+        digits_pair, digits, seeds=(0, 1), epochs=1, progress=False, folder=tmp_path
+    )
+    assert len(each.runs) == 2 and (tmp_path / "seed-1" / "checkpoint.pt").exists()
     with pytest.raises(ValueError, match="at least one seed"):
         pv.svi.repeat(digits_pair, digits, seeds=())
 

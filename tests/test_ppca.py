@@ -64,11 +64,13 @@ def test_svi_finds_that_guide() -> None:
     model = _correlated().requires_grad_(False)
     x = model(None, size=256).detach()
     guide = pv.guides.NormalGuide(nn.Linear(6, 4))
-    for lr in (5e-2, 1e-2, 1e-3):
-        run = pv.fit(model, guide, (x,), epochs=100, batch_size=64, lr=lr, progress=False)
+    run = pv.fit(
+        model, guide, (x,), epochs=300, batch_size=64, lr=5e-2, schedule=pv.svi.cosine(1200),
+        average=0.99, measure_every=300, progress=False,
+    )  # fmt: skip
     weight = log_densities(model, guide, (x,), 2000).log_weight
     gap = (model.log_evidence(x) - weight.mean(0)).mean()
-    # A linear guide contains the optimum; its scales wander by the noise of the last steps.
+    # A linear guide contains the optimum.
     assert _mean_field_gap(model) > 0.2
     assert gap.item() == pytest.approx(_mean_field_gap(model).item(), abs=1e-2)
     torch.testing.assert_close(guide.posterior(x).mean, model.posterior(x).mean, atol=0.06, rtol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -111,8 +112,20 @@ def test_every_row_is_counted_once(two: Any) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path: Path) -> None:
-    done = _launch(tmp_path, "die")
-    assert done.returncode != 0
+    (tmp_path / "worker.py").write_text(WORKER)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    own = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_PORT": str(port)}
+    own |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+    own |= {"PYTHONPATH": str(Path(__file__).parent)}
+    processes = [  # without torchrun, which ends the other process itself
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "worker.py"), str(tmp_path), "die"],
+            env=os.environ | own | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=200) for process in processes] == [3, -9]
     message = (tmp_path / "error0.txt").read_text()
     assert "process 0 of 2 waits for another that has stopped" in message
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()

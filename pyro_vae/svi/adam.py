@@ -29,7 +29,7 @@ class AdamUpdate:
 
     def __init__(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         self.group = optimizer.param_groups[0]
-        self.decoupled = isinstance(optimizer, AdamW)
+        self.decoupled = self.group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
         self.numbers = torch.zeros(3, device=parameters[0].device, dtype=parameters[0].dtype)
         for parameter in parameters:
             if not optimizer.state[parameter]:
@@ -70,7 +70,7 @@ class AdamUpdate:
         first, second = self.group["betas"]
         shrink = 1 - lr * self.group["weight_decay"] if self.decoupled else 1.0
         numbers = [lr / (1 - first**step), (1 - second**step) ** 0.5, shrink]
-        self.numbers.copy_(torch.tensor(numbers))
+        self.numbers.copy_(torch.tensor(numbers, dtype=self.numbers.dtype))
 
     def __call__(self, gradients: list[Tensor]) -> None:
         """Move the parameters."""

@@ -82,8 +82,9 @@ def fit(
             fit as it is; the last epoch is always measured.
         draws: for each datum of a measurement.
         compile: record the step once and compile it. What Python decides, such as a branch or
-            a count, is then decided once; random draws are fresh in every step. Where a loss
-            cannot be recorded, or nothing compiles, one warning says so and the fit goes on.
+            a count, is then decided once; torch's draws are fresh in every step, those of numpy
+            or Python are not. Where a loss cannot be recorded, or nothing compiles, one warning
+            says so and the fit goes on.
         precision: of products in the loss; `"tf32"` acts on GPUs only, `"bfloat16"` is
             autocast. Measurements are in full precision.
         folder: where settings, log and checkpoints go (`run.json`, `log.jsonl`,

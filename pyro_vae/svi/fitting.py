@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from inspect import Parameter, signature
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import Trace_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.capture import CannotCaptureError
-from pyro_vae.pair import Guide, Model, full_size, latent_sites, preserved_rng, trace_pair
+from pyro_vae.pair import (
+    Guide,
+    Model,
+    evaluating,
+    full_size,
+    latent_sites,
+    preserved_rng,
+    trace_pair,
+)
 from pyro_vae.ranks import gathered, place
 from pyro_vae.svi.folder import RunFolder, State
 from pyro_vae.svi.measure import measure
-from pyro_vae.svi.objectives import ELBO, Objective
+from pyro_vae.svi.objectives import ELBO, Beta, Objective
 from pyro_vae.svi.rows import Rows
 from pyro_vae.svi.run import Epoch, Run
 from pyro_vae.svi.schedules import Schedule
@@ -69,6 +79,9 @@ class Fitting:
             self.weights.restore(fabric.broadcast(self.weights.copy()))
         rows.to(self.weights.device)
         self.optimizer = optimizer(self.weights.parameters, lr=lr)
+        _refuse_closure(self.optimizer)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
         self.steps = self._steps(Steps, objective, clip)
         self.clip = clip
         self.epoch = self.batch = self.step = self.best = 0
@@ -117,7 +130,11 @@ class Fitting:
 
     def stale(self, patience: int | None) -> bool:
         """Whether so many epochs brought no higher validation ELBO."""
-        return patience is not None and bool(self.history) and self.epoch - self.best >= patience
+        return (
+            patience is not None
+            and bool(self.history)
+            and self.history[-1].epoch - self.best >= patience
+        )
 
     def finish(self, *, stopped_early: bool) -> Run:
         """Keep the best weights."""
@@ -131,6 +148,8 @@ class Fitting:
         return {
             "rows": self.rows.digest(),
             "parameters": [list(p.shape) for p in self.weights.parameters],
+            "model": _structure(self.model),
+            "guide": _structure(self.guide),
             "objective": _description(self.objective),
             "optimizer": _description(self.optimizer, self.optimizer.defaults),
             "batch_size": self.batch_size,
@@ -151,7 +170,7 @@ class Fitting:
             return
         self.weights.restore(state["weights"])
         self.weights.averaged = [part.to(self.weights.device) for part in state["averaged"]]
-        self.kept = self.whole = state["kept"]
+        self.kept, self.whole = state["kept"], state["whole"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.batch, self.step, self.best = state["counts"]
         self.losses = list(state["losses"].unbind())
@@ -170,6 +189,7 @@ class Fitting:
             "weights": self.weights.copy(),
             "averaged": self.weights.averaged,
             "kept": self.kept,
+            "whole": self.whole,
             "optimizer": self.optimizer.state_dict(),
             "counts": [self.epoch, self.batch, self.step, self.best],
             "losses": torch.stack(self.losses) if self.losses else torch.zeros(0),
@@ -207,7 +227,7 @@ class Fitting:
             self.objective.step = self.step + 1
         if self.schedule is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * self.schedule(self.step)
+                group["lr"] = group["initial_lr"] * self.schedule(self.step)
         loss = self.steps(batch, share)
         self.step += 1
         self.weights.follow(self.step)
@@ -287,7 +307,7 @@ def _of_tensors(objective: Any, model: Model, guide: Guide, batch: tuple[Tensor,
     """An objective with the same loss that can be recorded."""
     if type(objective) is not Trace_ELBO:
         return objective
-    with torch.no_grad():
+    with evaluating(model, guide), torch.no_grad():
         _, guide_trace = trace_pair(model, guide, batch, 1)
     for site in latent_sites(guide_trace):
         if not site["fn"].has_rsample:
@@ -299,4 +319,31 @@ def _description(thing: Any, options: dict[str, Any] | None = None) -> str:
     """A class and its plain settings."""
     found = vars(thing) if options is None else options
     plain = {k: v for k, v in found.items() if isinstance(v, int | float | str) and k != "step"}
+    if isinstance(thing, Beta) and callable(thing.beta):
+        plain["beta"] = str([thing.beta(step) for step in PROBED_STEPS])
     return f"{type(thing).__name__} {sorted(plain.items())}"
+
+
+def _structure(program: Any) -> str:
+    """What a module is made of, and the constants in it; the name of a plain function.
+
+    Buffers of torch's own layers are statistics that a fit moves, and left out.
+    """
+    if not isinstance(program, nn.Module):
+        return str(getattr(program, "__qualname__", type(program).__name__))
+    digest = hashlib.sha256()
+    for name, part in program.named_modules():
+        digest.update(f"{name} {type(part).__qualname__} {part.extra_repr()}\n".encode())
+        if not type(part).__module__.startswith("torch."):
+            for buffer in part.buffers(recurse=False):
+                digest.update(buffer.detach().cpu().contiguous().numpy().tobytes())
+    return f"{type(program).__name__} {digest.hexdigest()[:16]}"
+
+
+def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} wants a closure, to see the loss again within a step"
+            "\n  expected: an optimizer for noisy gradients\n  try:      torch.optim.Adam"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from pyro_vae.data import Dataset
@@ -24,7 +25,7 @@ def repeat(
         build: makes a new model and guide, with torch seeded.
         data: as for `fit`.
         seeds: one run each, one after the other.
-        **options: of `fit`, but `seed`.
+        **options: of `fit`, but `seed`; each seed has a folder of its own within `folder`.
 
     Returns:
         `Runs`, with mean and standard error over seeds.
@@ -43,10 +44,12 @@ def repeat(
         2
     """
     runs = {}
+    folder = options.pop("folder", None)
     for seed in seeds:
         with preserved_rng(seed):
             model, guide = build()
-        runs[seed] = fit(model, guide, data, seed=seed, **options)
+        own = None if folder is None else Path(folder) / f"seed-{seed}"
+        runs[seed] = fit(model, guide, data, seed=seed, folder=own, **options)
     if not runs:
         raise ValueError("repeat wants at least one seed")
     return Runs(runs)

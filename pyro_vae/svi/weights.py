@@ -40,8 +40,13 @@ class Weights:
         batch: Batch,
         average: float | None = None,
     ) -> None:
+        modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
+        self.buffers = [buffer for module in modules for buffer in module.buffers()]
+        before = [buffer.clone() for buffer in self.buffers]
         with poutine.trace(param_only=True) as capture:
             loss = loss_of(*batch)
+        for buffer, value in zip(self.buffers, before, strict=True):
+            buffer.copy_(value)  # a look moves no running statistics
         sites: Any = capture.trace.nodes.values()
         found = [site["value"].unconstrained() for site in sites]
         self.parameters = list({id(p): p for p in found if p.requires_grad}.values())
@@ -54,8 +59,6 @@ class Weights:
                 "deepcopy((model, guide)), where one calls the other; or register the module that "
                 "holds them, or freeze it"
             )
-        modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
-        self.buffers = [buffer for module in modules for buffer in module.buffers()]
         self.decay = average
         self.averaged = [p.detach().clone() for p in self.parameters] if average else []
 

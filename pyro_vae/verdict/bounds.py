@@ -92,6 +92,8 @@ def bounds(
     check_pair(model, guide, batch)
     if draws < 2:
         raise ValueError(f"bounds wants at least 2 draws a datum; got {draws}")
+    if min(chunk, keep) < 1:
+        raise ValueError(f"bounds wants chunk and keep of at least 1; got {chunk} and {keep}")
     count, keep = len(batch[0]), min(keep, draws)
     rows, at_once = _evenly(count, max(1, chunk // draws)), _evenly(draws, chunk)
     figures: list[tuple[Tensor, ...]] = []
