@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pyro_vae as pv
 from pairs import Pair, digits_pair
 
 matplotlib.use("agg")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 
 @pytest.fixture(autouse=True)

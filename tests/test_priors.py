@@ -123,12 +123,14 @@ def test_components_are_cached_in_eval_mode_and_only_there() -> None:
     prior, _ = _vamp(guide)
     prior(), prior()
     assert calls == [True, True]
-    with evaluating(prior):
+    with evaluating(prior), torch.no_grad():
         first = prior()
         assert prior() is first and not first.component_distribution.mean.requires_grad
     assert calls == [True, True, False], "encoder in eval mode, once"
     assert guide.training and guide.encoder.training and prior.training
     prior.eval()
+    assert prior() is not first, "gradients are wanted"
+    prior.requires_grad_(False)
     assert prior() is first
     with torch.no_grad():
         guide.encoder.weight.add_(1.0)

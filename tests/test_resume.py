@@ -313,7 +313,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_pa
 
 
 def test_a_signal_leaves_the_best_weights_and_the_checkpoint(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background
 
     def stop(epoch: Any) -> None:
         if epoch.epoch == 3:
@@ -321,7 +320,6 @@ def test_a_signal_leaves_the_best_weights_and_the_checkpoint(tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         _fit(tmp_path, on_epoch=stop)
-    signal.signal(signal.SIGINT, before)
     whole, _ = _uninterrupted()
     resumed, _ = _fit(tmp_path)
     assert _same(whole, resumed)

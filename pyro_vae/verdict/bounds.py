@@ -79,7 +79,7 @@ def bounds(
         `Bounds`.
 
     Raises:
-        ValueError: `draws` below 2, or a bad batch.
+        ValueError: a count below its least, or a bad batch.
 
     Example:
         >>> import pyro_vae as pv
@@ -92,8 +92,8 @@ def bounds(
     check_pair(model, guide, batch)
     if draws < 2:
         raise ValueError(f"bounds wants at least 2 draws a datum; got {draws}")
-    if min(chunk, keep) < 1:
-        raise ValueError(f"bounds wants chunk and keep of at least 1; got {chunk} and {keep}")
+    if chunk < 1 or keep < 0:
+        raise ValueError(f"bounds wants chunk >= 1 and keep >= 0; got {chunk} and {keep}")
     count, keep = len(batch[0]), min(keep, draws)
     rows, at_once = _evenly(count, max(1, chunk // draws)), _evenly(draws, chunk)
     figures: list[tuple[Tensor, ...]] = []
