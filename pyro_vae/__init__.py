@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import plots as plots
     from . import posterior as posterior
     from . import priors as priors
+    from . import report as report
     from . import svi as svi
     from . import verdict as verdict
     from .checks import check_pair as check_pair
@@ -41,6 +42,7 @@ _MODULES = (
     "plots",
     "posterior",
     "priors",
+    "report",
     "svi",
     "verdict",
 )

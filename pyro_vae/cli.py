@@ -1,4 +1,4 @@
-"""The command line: `pyro-vae demo | fit | evaluate | compare | sample`."""
+"""The command line: `pyro-vae demo | fit | evaluate | compare | sample | report`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "log-likelihood of the test rows, with its error",
     "compare": "hold the guide against exact or MCMC posteriors of test rows",
     "sample": "draw new data",
+    "report": "write all of it as one page for a browser",
 }
 
 
@@ -92,8 +93,8 @@ def _add_options(name: str, command: ArgumentParser, given: Sequence[str]) -> No
         command.add_argument("--seed", type=int, default=0, help="of the draws")
     if name == "evaluate":
         command.add_argument("--draws", type=int, default=1000, help="of the guide for each row")
-    if name in ("evaluate", "compare"):
-        rows = 16 if name == "compare" else 1000
+    if name in ("evaluate", "compare", "report"):
+        rows = 1000 if name == "evaluate" else 16
         command.add_argument("--rows", type=int, default=rows, help="test rows to use, at most")
     if name == "sample":
         command.add_argument("--count", type=int, default=64, help="of new data")
@@ -117,12 +118,12 @@ def _demo(options: Namespace) -> str:
     )  # fmt: skip
     print(run, end="\n\n")
     print(verdict, end="\n\n")
+    print(f"all of it as a page: pyro-vae report {options.out}")
     return f"{options.out}: {', '.join(sorted(path.name for path in Path(options.out).iterdir()))}"
 
 
 def _fit(options: Namespace) -> str:
-    from pyro_vae.demo import writable_folder
-    from pyro_vae.recipe import build, recipe_of, refuse_another, write_recipe
+    from pyro_vae.recipe import build, recipe_of, refuse_another, writable_folder, write_recipe
     from pyro_vae.svi import fit, save_weights
 
     recipe = recipe_of(options)
@@ -217,6 +218,22 @@ def _sample(options: Namespace) -> str:
         figure.savefig(run.folder / "samples.png", dpi=150)
         written += ", samples.png"
     return f"{run.folder}: {written}"
+
+
+def _report(options: Namespace) -> str:
+    from pyro_vae.recipe import open_run
+    from pyro_vae.report import headline, page
+
+    run = open_run(options.run, allow=options.allow)
+    found = page(
+        run.model, run.guide, run.data, run=run.fitted, settings=run.recipe.told(),
+        rows=options.rows, seed=options.seed, progress=not options.quiet,
+    )  # fmt: skip
+    path = found.save(run.folder / "report.html")
+    if found.verdict is not None:
+        found.verdict.save(run.folder / "verdict")
+        print(headline(found.verdict).text)
+    return f"{path}"
 
 
 def _test_rows(run: Any, rows: int) -> tuple[Any, ...]:

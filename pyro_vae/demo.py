@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pyro_vae import __version__, data, guides, likelihoods, models, networks, plots, priors
-from pyro_vae.pair import preserved_rng
-from pyro_vae.svi import Run, fit
-from pyro_vae.svi.checkpoint import save_weights
+from pyro_vae import data, models, plots
+from pyro_vae.recipe import Recipe, Settings, build, refuse_another, writable_folder, write_recipe
+from pyro_vae.svi import Run, fit, save_weights
 from pyro_vae.verdict import Verdict, compare
 
 
@@ -23,9 +17,8 @@ def demo(
 ) -> tuple[Run, Verdict]:  # fmt: skip
     """Fit a VAE with two latent dimensions and compare its guide with exact and MCMC posteriors.
 
-    Writes into `folder`: `table.csv`, `summary.csv`, `history.csv`, `demo.png`, draws of MCMC,
-    guide and exact posterior as NetCDF, weights as safetensors, and `demo.json` with settings
-    and versions.
+    Writes a run folder, as `pyro-vae fit` does, and beside it `demo.png`, `table.csv`,
+    `summary.csv`, `distances.csv` and the draws of MCMC, guide and exact posterior as NetCDF.
 
     Args:
         folder: made if missing.
@@ -40,20 +33,18 @@ def demo(
     Raises:
         ValueError: a folder that cannot be written, or a count below 1, before the first step.
     """
-    held_out = data.load("digits")
+    recipe = Recipe(fit=Settings(epochs=epochs, lr=2e-3), seed=seed)
+    held_out, model, guide = build(recipe)
     if epochs < 1:
         raise ValueError(f"epochs must be an integer >= 1; got {epochs}")
     if not 1 <= digits <= len(held_out.test[0]):
         raise ValueError(f"digits must be 1..{len(held_out.test[0])}; got {digits}")
     folder = writable_folder(folder)
-    with preserved_rng(seed):
-        guide = guides.NormalGuide(networks.MLP(64, 128, 128, guides.NormalGuide.features(2)))
-        model = models.VAE(
-            networks.MLP(2, 128, 128, 64),
-            prior=priors.StandardNormal(2),
-            likelihood=likelihoods.Bernoulli(),
-        )
-    run = fit(model, guide, held_out, epochs=epochs, lr=2e-3, seed=seed, progress=progress)
+    refuse_another(folder, recipe)
+    write_recipe(folder, recipe)
+    run = fit(
+        model, guide, held_out, **recipe.fit.options(), seed=seed, folder=folder, progress=progress
+    )
     batch = (held_out.test[0][:digits],)
     verdict = compare(model, guide, batch, seed=seed, progress=progress)
 
@@ -61,36 +52,7 @@ def demo(
     save_weights(folder, model, guide)
     run.history.to_csv(folder / "history.csv", float_format="%.6g")
     _figure(run, verdict, model, held_out).savefig(folder / "demo.png")
-    settings: dict[str, Any] = {"epochs": epochs, "digits": digits}
-    versions = {"pyro_vae": __version__, "torch": torch.__version__}
-    record = {"settings": settings | {"seed": seed}, "versions": versions}
-    (folder / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
     return run, verdict
-
-
-def writable_folder(folder: str | Path) -> Path:
-    """Make a folder, or say in one sentence why it cannot be written.
-
-    Raises:
-        ValueError: it is a file, or may not be written.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     writable_folder(Path(parent) / "new").is_dir()
-        True
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ValueError(
-            f"cannot write into the output folder {str(folder)!r}: {reason}"
-            "\n  try:      another folder, --out FOLDER"
-        ) from error
-    return folder
 
 
 def _figure(run: Run, verdict: Verdict, model: models.VAE, held_out: data.Dataset) -> Any:

@@ -87,19 +87,25 @@ def image(ax: Axes, x: Tensor, shape: tuple[int, int], title: str = "") -> Axes:
 def images(ax: Axes, x: Tensor, shape: tuple[int, int], *, columns: int = 8) -> Axes:
     """Many rows of pixels as one sheet, from left to right and top to bottom.
 
+    The axes count images: the first one covers 0 to 1 in both directions.
+
     Args:
         ax: where to draw.
         x: `(N, D)`.
         shape: `(height, width)`, `D` in all.
         columns: images in a row of the sheet.
     """
-    height, width = shape
     columns = min(columns, len(x))
     rows = -(-len(x) // columns)
-    sheet = x.new_full((rows * columns, height + 1, width + 1), float(x.max()) / 2)
-    sheet[: len(x), :height, :width] = x.reshape(-1, height, width)
+    finer = max(1, 64 // max(shape))  # a gap of 2 is then thin beside any image
+    tiles = x.reshape(-1, *shape).repeat_interleave(finer, 1).repeat_interleave(finer, 2)
+    height, width = (side * finer for side in shape)
+    sheet = tiles.new_full((rows * columns, height + 2, width + 2), torch.nan)
+    sheet[: len(x), :height, :width] = tiles
     tiled = sheet.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2).flatten(0, 1)
-    ax.imshow(tiled[:-1, :-1].cpu().numpy(), cmap="gray_r", interpolation="nearest")
+    extent = (0, columns, rows, 0)
+    ax.imshow(tiled[:-2, :-2].cpu().numpy(), cmap="gray_r", interpolation="nearest", extent=extent)
+    ax.set_aspect(shape[0] / shape[1])
     ax.set_axis_off()
     return ax
 
@@ -115,6 +121,142 @@ def history(ax: Axes, run: Run) -> Axes:
     ax.set_xlabel("epoch")
     ax.set_ylabel("ELBO (nats per datum)")
     ax.legend(frameon=False, loc="lower right")
+    return ax
+
+
+def rate_and_distortion(ax: Axes, run: Run) -> Axes:
+    """KL and reconstruction against epochs on validation rows: the ELBO is their difference."""
+    table = run.history
+    (first,) = ax.plot(
+        table.index, table["validation_reconstruction"], color=MCMC, label="reconstruction"
+    )
+    ax.set_ylabel("reconstruction (nats per datum)")
+    ax.set_xlabel("epoch")
+    other = ax.twinx()
+    (second,) = other.plot(table.index, table["validation_kl"], color=GUIDE, label="KL")
+    other.set_ylabel("KL (nats per datum)", color=GUIDE)
+    ax.legend(handles=[first, second], frameon=False, loc="lower right")
+    return ax
+
+
+def latent_map(ax: Axes, z: Tensor, labels: Tensor | None = None) -> Axes:
+    """Codes of many rows in the plane, coloured by class where there are classes.
+
+    Args:
+        ax: where to draw.
+        z: `(N, 2)`.
+        labels: `(N,)` classes; the colours repeat after twenty.
+    """
+    if labels is None:
+        ax.plot(*z.T.numpy(), ".", color=GUIDE, markersize=2, alpha=0.6)
+        return ax
+    classes = labels.unique().tolist()
+    colours = colormaps["tab10" if len(classes) <= 10 else "tab20"]
+    for place, label in enumerate(classes):
+        own = z[labels == label]
+        colour = colours(place % colours.N)
+        ax.plot(*own.T.numpy(), ".", color=colour, markersize=2, alpha=0.7, label=f"{label:g}")
+    if len(classes) <= 20:
+        ax.legend(
+            frameon=False, fontsize=7, markerscale=4, ncols=2, handletextpad=0, loc="best",
+            columnspacing=0.5, labelspacing=0.3,
+        )  # fmt: skip
+    return ax
+
+
+def aggregate(ax: Axes, posterior: Tensor, prior: Tensor) -> Axes:
+    """Draws of the aggregate posterior under draws of the prior, in one or two dimensions.
+
+    Args:
+        ax: where to draw.
+        posterior: a draw of q(z | x) for each of many rows, `(N, 1)` or `(N, 2)`.
+        prior: as many draws of p(z).
+    """
+    drawn = ((posterior, GUIDE, "aggregate posterior"), (prior, MCMC, "prior"))
+    for z, colour, name in drawn:
+        if z.shape[1] == 1:
+            ax.hist(
+                z[:, 0].numpy(), bins=60, density=True, histtype="step", color=colour, label=name
+            )
+        else:
+            ax.plot(*z.T.numpy(), ".", color=colour, markersize=1.8, alpha=0.5, label=name)
+    ax.legend(frameon=False, fontsize=8, markerscale=5, loc="best")
+    return ax
+
+
+def ranks(ax: Axes, chains: Tensor, *, bins: int = 20) -> Axes:
+    """Rank plot of a scalar: how each chain's draws rank among those of all, `(C, S)`.
+
+    Histograms are flat, within the band of two standard deviations, where chains agree.
+
+    References:
+        Aki Vehtari, Andrew Gelman, Daniel Simpson, Bob Carpenter, Paul-Christian Bürkner.
+        *Rank-Normalization, Folding, and Localization: An Improved R-hat*, 2021.
+    """
+    count, draws = chains.shape
+    order = chains.flatten().argsort().argsort().view(count, draws)
+    edges = torch.linspace(0, count * draws, bins + 1)
+    expected, sd = draws / bins, (draws / bins * (1 - 1 / bins)) ** 0.5
+    ax.axhspan(expected - 2 * sd, expected + 2 * sd, color="0.9", lw=0)
+    for chain, colour in zip(order, _chain_colours(count), strict=True):
+        heights = torch.histogram(chain.float(), edges).hist
+        ax.stairs(heights.numpy(), edges.numpy(), color=colour, lw=1)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("rank among all chains")
+    ax.set_ylabel("draws")
+    return ax
+
+
+def traces(ax: Axes, chains: Tensor) -> Axes:
+    """Each chain's draws of a scalar, one after the other, `(C, S)`."""
+    for chain, colour in zip(chains, _chain_colours(len(chains)), strict=True):
+        ax.plot(chain.numpy(), color=colour, lw=0.4, alpha=0.8)
+    ax.set_xlabel("draw")
+    return ax
+
+
+def energy(ax: Axes, energies: Tensor) -> Axes:
+    """The law of the energy −log p(x, z), and that of its change between draws, `(C, S)`.
+
+    References:
+        Michael Betancourt. *A Conceptual Introduction to Hamiltonian Monte Carlo*, 2017.
+    """
+    centred, change = energies - energies.mean(), energies.diff(dim=1)
+    for values, colour, name in ((centred, MCMC, "energy"), (change, GUIDE, "change")):
+        ax.hist(
+            values.flatten().numpy(), bins=50, density=True, histtype="step", color=colour,
+            label=name,
+        )  # fmt: skip
+    ax.set_xlabel("nats from the mean")
+    ax.set_yticks([])
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def units(
+    ax: Axes, names: Sequence[str], variance: Tensor, error: Tensor, threshold: float
+) -> Axes:
+    """Variance over data of each unit's posterior mean, the largest first, on a log scale.
+
+    Args:
+        ax: where to draw.
+        names: of the `L` units.
+        variance: `(L,)`.
+        error: its standard error, `(L,)`; bars are two of them.
+        threshold: below which a unit is inactive.
+    """
+    order = variance.argsort(descending=True)
+    value = variance[order].clamp_min(threshold / 100).numpy()
+    colours = [GUIDE if variance[i] > threshold else "0.6" for i in order]
+    bars = 2 * error[order].numpy()
+    ax.bar(range(len(order)), value, 0.6, color=colours, yerr=bars, ecolor="0.3")
+    ax.axhline(threshold, color="0.4", ls="--", lw=1)
+    ax.set_yscale("log")
+    if len(order) <= 12:
+        ax.set_xticks(range(len(order)), [names[i] for i in order])
+    else:
+        ax.set_xlabel("units, by variance")
+    ax.set_ylabel("Var E[z | x]")
     return ax
 
 
@@ -148,33 +290,33 @@ def latent_grid(ax: Axes, model: Model, shape: tuple[int, int], *, side: int = 1
 
 def comparison(
     figure: Figure | SubFigure, exact: Quadrature | None, guide: Draws, mcmc: Draws | None,
-    titles: Sequence[str], *, pictures: Sequence[Sequence[Tensor]] = (),
+    data: Sequence[int], titles: Sequence[str], *, pictures: Sequence[Sequence[Tensor]] = (),
     shape: tuple[int, int] | None = None,
 ) -> None:  # fmt: skip
     """A column a datum: data and reconstruction side by side, the posterior panel below.
 
     Args:
         figure: an empty figure to fill.
-        exact: quadrature of at least as many data as there are titles, if there is any.
+        exact: quadrature, if there is any.
         guide: draws of the guide for the same rows.
         mcmc: draws of a chain for the same rows.
+        data: which row in each column.
         titles: one a column; what follows its first line stands below the panel.
         pictures: data and reconstruction of each column, each of `D` numbers.
         shape: `(height, width)` of a picture.
     """
-    count = len(titles)
     rows = [1.0] if shape is None else [0.45, 1.0]
-    grid = figure.add_gridspec(len(rows), 2 * count, height_ratios=rows)
-    for datum in range(count):
-        place = slice(2 * datum, 2 * datum + 2)
+    grid = figure.add_gridspec(len(rows), 2 * len(data), height_ratios=rows)
+    for column, datum in enumerate(data):
+        place = slice(2 * column, 2 * column + 2)
         if shape is not None:
             for offset, (x, name) in enumerate(
-                zip(pictures[datum], ("data", "reconstruction"), strict=True)
+                zip(pictures[column], ("data", "reconstruction"), strict=True)
             ):
-                image(figure.add_subplot(grid[0, 2 * datum + offset]), x, shape, name)
+                image(figure.add_subplot(grid[0, 2 * column + offset]), x, shape, name)
         panel = figure.add_subplot(grid[-1, place])
         posterior(panel, exact, datum, guide=guide, mcmc=mcmc)
-        title, _, below = titles[datum].partition("\n")
+        title, _, below = titles[column].partition("\n")
         panel.set_title(title, fontsize=8)
         panel.set_xlabel(below, fontsize=7, linespacing=1.3)
         panel.tick_params(labelsize=6)
@@ -184,6 +326,10 @@ def comparison(
     if mcmc is not None:
         handles.insert(-1, Line2D([], [], color=MCMC, ls="", marker=".", label="MCMC draws"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+
+
+def _chain_colours(count: int) -> list[tuple[float, float, float, float]]:
+    return [colormaps["viridis"]((i + 0.5) / count) for i in range(count)]
 
 
 def _frame(ax: Axes, mean: Tensor, sd: Tensor, datum: int, guide: Draws | None) -> None:

@@ -6,7 +6,9 @@ import difflib
 import importlib
 import inspect
 import json
+import os
 import re
+import tempfile
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -19,7 +21,9 @@ from torch import nn
 from pyro_vae import __version__, data, guides, likelihoods, models, networks, priors
 from pyro_vae.atomic import replace_file
 from pyro_vae.pair import preserved_rng
+from pyro_vae.svi import Run as Fitted
 from pyro_vae.svi import load_weights, objectives, schedules
+from pyro_vae.svi.folder import read_log
 
 BINARIZE: dict[str, Any] = {
     "usual": ...,
@@ -43,6 +47,10 @@ class Part:
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    def told(self) -> str:
+        """As one would call it."""
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})"
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,17 @@ class Recipe:
     fit: Settings = field(default_factory=Settings)
     seed: int = 0
 
+    def told(self) -> dict[str, str]:
+        """What a reader of a report wants to know of it."""
+        widths = "–".join(map(str, self.hidden))
+        chosen = {k: v for k, v in asdict(self.fit).items() if v not in (None, False)}
+        return {
+            "networks": f"{self.network}, hidden {widths}, L = {self.latent}",
+            **{name: getattr(self, name).told() for name in ("prior", "likelihood", "guide")},
+            "settings": ", ".join(f"{name} {value}" for name, value in chosen.items()),
+            "seed": str(self.seed),
+        }
+
 
 class Run(NamedTuple):
     """A run folder, opened."""
@@ -140,6 +159,7 @@ class Run(NamedTuple):
     data: data.Dataset
     model: models.VAE
     guide: Any
+    fitted: Fitted
 
 
 class Built(NamedTuple):
@@ -214,6 +234,31 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     replace_file(folder / "config.yaml", text)
 
 
+def writable_folder(folder: str | Path) -> Path:
+    """Make a folder, or say in one sentence why it cannot be written.
+
+    Raises:
+        ValueError: it is a file, or may not be written.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     writable_folder(Path(parent) / "new").is_dir()
+        True
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ValueError(
+            f"cannot write into the output folder {str(folder)!r}: {reason}"
+            "\n  try:      another folder, --out FOLDER"
+        ) from error
+    return folder
+
+
 def open_run(folder: str | Path, *, allow: Sequence[str] = ()) -> Run:
     """Build what a run folder describes, with its weights; no code of the folder's is run.
 
@@ -240,7 +285,7 @@ def open_run(folder: str | Path, *, allow: Sequence[str] = ()) -> Run:
             f"the weights in {str(path)!r} are not those of its config.yaml: "
             f"{str(error).splitlines()[0]}\n  try:      undo the change of config.yaml"
         ) from error
-    return Run(path, recipe, *built)
+    return Run(path, recipe, *built, fitted=read_log(path, asked=recipe.fit.epochs))
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -20,7 +20,9 @@ FLOORS = [
     {"models", "guides", "svi", "posterior"},
     {"plots"},
     {"verdict"},
-    {"demo", "recipe"},
+    {"report"},
+    {"recipe"},
+    {"demo"},
     {"cli"},
 ]
 """From the ground up. Rooms on one floor do not import each other."""

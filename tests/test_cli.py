@@ -227,7 +227,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(tmp_path: Path
         [*command, "--fit.epochs", "100000"], stderr=subprocess.PIPE, text=True
     )
     for _ in range(600):
-        if (out / "checkpoint.pt").exists():
+        if (out / "log.jsonl").exists() and (out / "checkpoint.pt").exists():
             break
         time.sleep(0.1)
     endless.send_signal(signal.SIGINT)

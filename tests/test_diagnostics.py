@@ -26,7 +26,8 @@ from pairs import (
 )
 from pyro_vae.models import PPCA
 from pyro_vae.verdict.collapse import linear_collapse
-from pyro_vae.verdict.diagnostics import Diagnosis, Estimate, diagnose
+from pyro_vae.verdict.diagnosis import Diagnosis, Estimate
+from pyro_vae.verdict.diagnostics import diagnose
 from pyro_vae.verdict.distances import multivariate_normal_kl, normal_kl
 from truth import assert_z
 

@@ -16,7 +16,7 @@ import torch
 
 from pyro_vae import __version__
 from pyro_vae.atomic import replace_file
-from pyro_vae.svi.run import Epoch
+from pyro_vae.svi.run import Epoch, Run
 
 FORMAT = 1
 """Of the checkpoint; a higher one was written by a newer version."""
@@ -88,6 +88,21 @@ class RunFolder:
         """Replace the log."""
         rows = "".join(json.dumps(asdict(epoch)) + "\n" for epoch in epochs)
         replace_file(self.path / "log.jsonl", rows)
+
+
+def read_log(path: Path, *, asked: int) -> Run:
+    """What the fit in a folder measured; it stopped early if `asked` epochs are not there.
+
+    Raises:
+        ValueError: there is no such log.
+    """
+    try:
+        lines = (path / "log.jsonl").read_text().splitlines()
+        epochs = tuple(Epoch(**json.loads(line)) for line in lines)
+        best = max(epochs, key=lambda epoch: epoch.validation_elbo)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} holds no log of a fit: {error}") from error
+    return Run(epochs, best.epoch, stopped_early=epochs[-1].epoch < asked)
 
 
 def _read(path: Path) -> State:

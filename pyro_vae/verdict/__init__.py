@@ -10,7 +10,7 @@ from pyro_vae.verdict.collapse import linear_collapse as linear_collapse
 from pyro_vae.verdict.compare import Limits as Limits
 from pyro_vae.verdict.compare import Verdict as Verdict
 from pyro_vae.verdict.compare import compare as compare
-from pyro_vae.verdict.diagnostics import Diagnosis as Diagnosis
+from pyro_vae.verdict.diagnosis import Diagnosis as Diagnosis
 from pyro_vae.verdict.diagnostics import diagnose as diagnose
 from pyro_vae.verdict.gaps import Gaps as Gaps
 from pyro_vae.verdict.gaps import gaps as gaps

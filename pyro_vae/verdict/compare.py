@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -189,12 +189,13 @@ class Verdict:
 
     def plot(
         self, image_shape: tuple[int, int] | None = None, *,
-        figure: Figure | SubFigure | None = None,
+        data: Sequence[int] | None = None, figure: Figure | SubFigure | None = None,
     ) -> Figure | SubFigure:  # fmt: skip
-        """A panel for each of the first six data.
+        """A panel for each of some data.
 
         Args:
             image_shape: `(height, width)`, to show data and reconstructions above.
+            data: which rows; the first six by default.
             figure: an empty figure to fill; a new one by default.
 
         Returns:
@@ -204,19 +205,19 @@ class Verdict:
 
         from pyro_vae import plots
 
-        count = min(6, len(self.table))
+        table = self.table
+        data = list(range(min(6, len(table))) if data is None else data)
         if figure is None:
-            size = (2.1 * count, 2.7 if image_shape is None else 3.7)
+            size = (2.1 * len(data), 2.7 if image_shape is None else 3.7)
             figure = Figure(figsize=size, dpi=150, layout="constrained")
-        rows = tuple(part[:count] for part in self._batch)
+        rows = tuple(part[data] for part in self._batch)
         center = {
-            name: value[0, :, :count].mean(0) for name, value in self.bounds.draws.sites.items()
+            name: value[0, :, data].mean(0) for name, value in self.bounds.draws.sites.items()
         }
         means = observation(self._model, center, rows).mean
-        table = self.table
-        titles = [f"KL {table['kl'][b]:.2f} nats" + _lines(table["why"][b]) for b in range(count)]
+        titles = [f"KL {table['kl'][b]:.2f} nats" + _lines(table["why"][b]) for b in data]
         plots.comparison(
-            figure, self.exact, self.bounds.draws, self.mcmc, titles,
+            figure, self.exact, self.bounds.draws, self.mcmc, data, titles,
             pictures=list(zip(rows[0], means, strict=True)), shape=image_shape,
         )  # fmt: skip
         return figure
