@@ -19,7 +19,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 notebooks: $(READY)
-	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/python benchmarks/notebooks.py
 
 COMPILE := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
 	--no-emit-index-url --no-annotate --extra flows --extra distributed pyproject.toml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import sys
 import time
@@ -32,12 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no ±
+    folder = None
     try:
         parser = _parser(given)
         options = parser.parse_args(given)
         start = time.perf_counter()
-        _check_seed(options[options.command].seed)
-        written = globals()[f"_{options.command}"](options[options.command])
+        chosen = options[options.command]
+        folder = Path(chosen.get("out") or chosen.run)
+        _check_seed(chosen.seed)
+        written = globals()[f"_{options.command}"](chosen)
         print(f"{written} ({time.perf_counter() - start:.0f} s)")
     except ArgumentError as error:
         if debug:
@@ -52,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("\npyro-vae: interrupted; what was finished is kept", file=sys.stderr)
+        print(f"\npyro-vae: interrupted; {_kept(folder)}", file=sys.stderr)
         return 130
     return 0
 
@@ -83,14 +90,22 @@ def _add_options(name: str, command: ArgumentParser, given: Sequence[str]) -> No
         command.add_argument("--out", default="runs/fit", help="run folder, made if missing")
         command.add_argument("--config", type=str | None, help="a YAML or TOML file to start from")
         if name in given:
-            from pyro_vae.recipe import Recipe, read_recipe
+            from pyro_vae import guides, likelihoods, priors
+            from pyro_vae.recipe import Recipe, parts_of, read_recipe
 
             command.add_class_arguments(Recipe, None)
+            command.epilog = " ".join(
+                f"{home.__name__.rpartition('.')[2]}: {', '.join(sorted(parts_of(home)))}."
+                for home in (priors, likelihoods, guides)
+            )
             if file := _value_of("--config", given):
                 command.set_defaults(_flat(asdict(read_recipe(file))))
     else:
         command.add_argument("run", help="a run folder that `pyro-vae fit` made")
         command.add_argument("--seed", type=int, default=0, help="of the draws")
+        command.add_argument(
+            "--out", type=str | None, help="folder for the results, the run's own by default"
+        )
     if name == "evaluate":
         command.add_argument("--draws", type=int, default=1000, help="of the guide for each row")
     if name in ("evaluate", "compare", "report"):
@@ -102,6 +117,15 @@ def _add_options(name: str, command: ArgumentParser, given: Sequence[str]) -> No
         "--allow", type=list[str], default=[],
         help="modules that a configuration may take classes from, which runs their code",
     )  # fmt: skip
+
+
+def _kept(folder: Path | None) -> str:
+    names = [] if folder is None or not folder.is_dir() else _names(folder)
+    return f"kept in {folder}: {names}" if names else "nothing was written"
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir()))
 
 
 def _check_seed(seed: int) -> None:
@@ -119,7 +143,7 @@ def _demo(options: Namespace) -> str:
     print(run, end="\n\n")
     print(verdict, end="\n\n")
     print(f"all of it as a page: pyro-vae report {options.out}")
-    return f"{options.out}: {', '.join(sorted(path.name for path in Path(options.out).iterdir()))}"
+    return f"{options.out}: {_names(Path(options.out))}"
 
 
 def _fit(options: Namespace) -> str:
@@ -138,21 +162,17 @@ def _fit(options: Namespace) -> str:
     run.history.to_csv(folder / "history.csv", float_format="%.6g")
     save_weights(folder, model, guide)
     print(run)
-    return f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}"
+    return f"{folder}: {_names(folder)}"
 
 
 def _evaluate(options: Namespace) -> str:
-    import pandas as pd
-
     from pyro_vae.recipe import open_run
     from pyro_vae.verdict import bounds
 
     run = open_run(options.run, allow=options.allow)
-    batch = _test_rows(run, options.rows)
-    found = bounds(run.model, run.guide, batch, draws=options.draws, seed=options.seed)
-    names = ("elbo", "elbo_se", "iwae", "iwae_se", "ess", "khat")
-    table = pd.DataFrame({name: getattr(found, name).tolist() for name in names})
-    table.to_csv(run.folder / "evaluation.csv", index_label="row", float_format="%.6g")
+    batch, folder = _test_rows(run, options.rows), _results(options)
+    table = bounds(run.model, run.guide, batch, draws=options.draws, seed=options.seed).table
+    table.to_csv(folder / "evaluation.csv", index_label="row", float_format="%.6g")
     count = len(table)
     summary = {
         "rows": count,
@@ -165,7 +185,7 @@ def _evaluate(options: Namespace) -> str:
         "khat_above_0.7": float((table.khat > 0.7).mean()),
         "median_ess": table.ess.median(),
     }
-    (run.folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(
         f"{count} test rows, {options.draws} draws each, nats a row (standard error over rows)\n"
         f"  ELBO              {summary['elbo']:9.2f} ± {summary['elbo_se']:.2f}\n"
@@ -174,7 +194,7 @@ def _evaluate(options: Namespace) -> str:
         f"  k-hat above 0.7   {summary['khat_above_0.7']:9.1%}   there the estimate is too low\n"
         f"  ESS, median       {summary['median_ess']:9.0f}"
     )
-    return f"{run.folder}: evaluation.csv, evaluation.json"
+    return f"{folder}: evaluation.csv, evaluation.json"
 
 
 def _compare(options: Namespace) -> str:
@@ -184,16 +204,15 @@ def _compare(options: Namespace) -> str:
     from pyro_vae.verdict import compare
 
     run = open_run(options.run, allow=options.allow)
-    batch = _test_rows(run, options.rows)
+    batch, folder = _test_rows(run, options.rows), _results(options) / "verdict"
     verdict = compare(run.model, run.guide, batch, seed=options.seed, progress=not options.quiet)
-    folder = run.folder / "verdict"
     verdict.save(folder)
     if run.recipe.latent == 2:
         figure = Figure(figsize=(12, 4.2), layout="constrained")
         verdict.plot(run.data.image_shape, figure=figure)
         figure.savefig(folder / "posteriors.png", dpi=150)
     print(verdict, end="\n\n")
-    return f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}"
+    return f"{folder}: {_names(folder)}"
 
 
 def _sample(options: Namespace) -> str:
@@ -208,32 +227,40 @@ def _sample(options: Namespace) -> str:
     run = open_run(options.run, allow=options.allow)
     if options.count < 1:
         raise ValueError(f"count must be 1 or more; got {options.count}")
+    folder = _results(options)
     with preserved_rng(options.seed), evaluating(run.model), torch.no_grad():
         x = run.model(None, size=options.count)
-    np.save(run.folder / "samples.npy", x.numpy())
+    np.save(folder / "samples.npy", x.numpy())
     written = "samples.npy"
     if run.data.image_shape is not None:
         figure = Figure(figsize=(8, 8), layout="constrained")
         plots.images(figure.subplots(), x, run.data.image_shape)
-        figure.savefig(run.folder / "samples.png", dpi=150)
+        figure.savefig(folder / "samples.png", dpi=150)
         written += ", samples.png"
-    return f"{run.folder}: {written}"
+    return f"{folder}: {written}"
 
 
 def _report(options: Namespace) -> str:
     from pyro_vae.recipe import open_run
     from pyro_vae.report import headline, page
 
-    run = open_run(options.run, allow=options.allow)
+    run, folder = open_run(options.run, allow=options.allow), _results(options)
     found = page(
         run.model, run.guide, run.data, run=run.fitted, settings=run.recipe.told(),
         rows=options.rows, seed=options.seed, progress=not options.quiet,
     )  # fmt: skip
-    path = found.save(run.folder / "report.html")
+    path = found.save(folder / "report.html")
     if found.verdict is not None:
-        found.verdict.save(run.folder / "verdict")
+        found.verdict.save(folder / "verdict")
         print(headline(found.verdict).text)
     return f"{path}"
+
+
+def _results(options: Namespace) -> Path:
+    """Where results go, once it is known that they can."""
+    from pyro_vae.recipe import writable_folder
+
+    return writable_folder(options.out or options.run)
 
 
 def _test_rows(run: Any, rows: int) -> tuple[Any, ...]:

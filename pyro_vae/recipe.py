@@ -381,16 +381,21 @@ class _Finder:
             if found is None:
                 raise ValueError(f"module {module!r} has no {cls!r}")
             return found
-        known = {
-            key: value
-            for key, value in vars(home).items()
-            if inspect.isclass(value) and issubclass(value, nn.Module) and key[0].isupper()
-        }
+        known = parts_of(home)
         if name not in known:
             raise ValueError(
                 _unknown(home.__name__.rpartition(".")[2].removesuffix("s"), name, known)
             )
         return known[name]
+
+
+def parts_of(home: ModuleType) -> dict[str, Any]:
+    """The classes of priors, likelihoods, guides or networks that a recipe may name."""
+    return {
+        name: value
+        for name, value in vars(home).items()
+        if inspect.isclass(value) and issubclass(value, nn.Module) and name[0].isupper()
+    }
 
 
 def _made(make: Callable[..., Any], part: Part, *given: Any, **offered: Any) -> Any:

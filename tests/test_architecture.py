@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"pair", "capture", "atomic"},
+    {"pair", "capture", "atomic", "tables"},
     {"log_joint", "ranks"},
     {"checks", "networks", "flows"},
     {"likelihoods", "priors", "data"},

@@ -25,7 +25,7 @@ from pyro_vae.recipe import Part, Recipe
 QUICK = ["--fit.epochs", "2", "--hidden", "[16]", "--quiet"]
 
 
-def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     capsys.readouterr()
     code = cli.main([str(word) for word in arguments])
     return code, *capsys.readouterr()
@@ -232,10 +232,70 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(tmp_path: Path
         time.sleep(0.1)
     endless.send_signal(signal.SIGINT)
     _, errors = endless.communicate(timeout=60)
-    assert endless.returncode == 130 and "interrupted; what was finished is kept" in errors
+    assert endless.returncode == 130
+    assert f"interrupted; kept in {out}: checkpoint.pt, config.yaml, log.jsonl" in errors
     done = len((out / "log.jsonl").read_text().splitlines())
     again = subprocess.run(
         [*command, "--fit.epochs", str(done + 1)], capture_output=True, text=True, env=os.environ
     )
     assert again.returncode == 0, again.stderr
     assert len((out / "log.jsonl").read_text().splitlines()) >= done
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [("evaluate", "verdict.bounds"), ("compare", "verdict.compare"), ("report", "report.page")],
+)
+def test_ctrl_c_in_any_command_names_what_is_kept(
+    command: str, where: str, finished: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"pyro_vae.{where}", interrupted)
+    code, _, error = _run(capsys, command, str(finished))
+    assert code == 130 and f"kept in {finished}: checkpoint.pt, config.yaml" in error
+
+
+def test_a_report_beside_a_run_that_may_not_be_written(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    before = {path.name for path in finished.iterdir()}
+    code, said, _ = _run(capsys, "report", finished, "--rows", "2", "--quiet", "--out", out)
+    assert code == 0 and "The guide can" in said
+    assert {path.name for path in out.iterdir()} == {"report.html", "verdict"}
+    assert {path.name for path in finished.iterdir()} == before
+    page = (out / "report.html").read_text()
+    assert "hidden 16, L = 2" in page and "epochs 2, batch_size 128" in page
+
+    def refused(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    for command in ("evaluate", "compare", "sample", "report"):
+        code, _, error = _run(capsys, command, finished)
+        assert code == 1 and "Permission denied\n  try:      another folder, --out" in error
+
+
+def test_a_plain_terminal_without_display(finished: Path, tmp_path: Path) -> None:
+    """ASCII alone, no colour, no display, and a plotting backend that wants one."""
+    plain = {"PYTHONIOENCODING": "ascii", "TERM": "dumb", "MPLBACKEND": "tkagg"}
+    environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"} | plain
+    done = subprocess.run(
+        [sys.executable, "-m", "pyro_vae.cli", "compare", str(finished), "--rows", "1",
+         "--out", str(tmp_path)], capture_output=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).isascii() and b"\x1b[" not in done.stdout
+    assert (tmp_path / "verdict" / "posteriors.png").stat().st_size > 10_000
+
+
+def test_the_help_names_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for home in (pv.priors, pv.likelihoods, pv.guides):
+        assert set(recipe.parts_of(home)) <= set(told.replace(",", " ").replace(".", " ").split())

@@ -10,10 +10,8 @@ from typing import Any
 
 import arviz
 import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 import pytest
-from nbclient import NotebookClient
 
 import pyro_vae as pv
 from pairs import Pair, digits_pair
@@ -109,18 +107,3 @@ def test_pictures_return_their_axes(trained: Pair, digits: Any) -> None:
     assert tiles.shape == (50, 50)
     assert plots.image(axes[2], digits.test[0][0], (8, 8), "data") is axes[2]
     plt.close(figure)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
-)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_notebooks_run_and_are_committed_with_their_pictures(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    outputs = [output for cell in code for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs), "no picture inside"
-    text = path.read_text()
-    assert str(ROOT) not in text and "/site-packages/" not in text, "a path of this machine"
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyro
 import torch
@@ -19,13 +19,17 @@ from pyro_vae.posterior.draws import Draws
 from pyro_vae.posterior.kernels import State, hamiltonian
 from pyro_vae.posterior.path import LEAPFROG, Base, Bridge, Rung, ends, explore
 from pyro_vae.posterior.store import Part, by_chunks
+from pyro_vae.tables import Tabular, by_datum
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PILOT = 32
 """Particles that tune a path."""
 
 
-@dataclass(frozen=True)
-class Annealed:
+@dataclass(frozen=True, repr=False)
+class Annealed(Tabular):
     """What annealed importance sampling says of `B` data.
 
     Attributes:
@@ -42,6 +46,12 @@ class Annealed:
     log_weight: Tensor
     draws: Draws
     gradients: Tensor
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a datum: log p(x), its error, the effective sample size of the particles."""
+        names = ("log_evidence", "error", "ess", "gradients")
+        return by_datum({name: getattr(self, name) for name in names})
 
     @cached_property
     def ess(self) -> Tensor:
@@ -71,8 +81,8 @@ class Annealed:
         return Draws(sites, method=self.draws.method)
 
 
-@dataclass(frozen=True)
-class Sandwich:
+@dataclass(frozen=True, repr=False)
+class Sandwich(Tabular):
     """Log p(x) of simulated data between two bounds, each in expectation on its own side.
 
     Attributes:
@@ -92,6 +102,12 @@ class Sandwich:
     latents: dict[str, Tensor]
     batch: Batch
     gradients: Tensor
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a datum: both bounds and their errors."""
+        names = ("lower", "lower_error", "upper", "upper_error", "gradients")
+        return by_datum({name: getattr(self, name) for name in names})
 
     @property
     def width(self) -> Tensor:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.posterior import convergence
+from pyro_vae.tables import Tabular
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SHOWN = 8
+"""Data whose draws are summed up where they are printed."""
 
 
-@dataclass(frozen=True)
-class Draws:
+@dataclass(frozen=True, repr=False)
+class Draws(Tabular):
     """Posterior draws of `B` data.
 
     Attributes:
@@ -67,6 +75,41 @@ class Draws:
     def sd(self) -> Tensor:
         """Posterior standard deviation, `(B, L)`."""
         return self._by_site(lambda value: value.flatten(0, 1).std(0))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a scalar of a datum, as ArviZ summarises: moments, errors, convergence."""
+        import pandas as pd
+
+        names = [
+            f"{name}[{i}]" if value.dim() > 3 else name
+            for name, value in self.sites.items()
+            for i in range(math.prod(value.shape[3:]))
+        ]
+        figures = {
+            "mcse": self.mcse,
+            "rhat": self.rhat,
+            "ess": self.ess,
+            "ess_tail": self.ess_tail,
+        }
+        columns = {"mean": self.mean, "sd": self.sd} | {
+            name: torch.cat([v.reshape(len(v), -1) for v in value.values()], -1)
+            for name, value in figures.items()
+        }
+        index = pd.MultiIndex.from_product(
+            [range(len(self.mean)), names], names=["datum", "latent"]
+        )
+        return pd.DataFrame({n: v.flatten().numpy() for n, v in columns.items()}, index=index)
+
+    def _told(self) -> Sequence[str | pd.DataFrame]:
+        chains, draws, data = next(iter(self.sites.values())).shape[:3]
+        few = Draws({name: v[:, :, :SHOWN] for name, v in self.sites.items()},
+                    superchains=self.superchains)  # fmt: skip
+        of = f", the first {SHOWN} of them below" if data > SHOWN else ""
+        head = (
+            f"Draws by {self.method or 'unknown'}: {chains} × {draws} for each of {data} data{of}"
+        )
+        return [head, few.table] if draws else [head]
 
     @cached_property
     def rhat(self) -> dict[str, Tensor]:

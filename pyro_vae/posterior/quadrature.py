@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from pyro_vae.checks import check_model
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import Batch, Model, evaluating, preserved_rng
 from pyro_vae.posterior.draws import Draws
+from pyro_vae.tables import Tabular, by_datum
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NODES = {1: (129, 128), 2: (41, 48), 3: (17, 24)}
 """By `L`: nodes a side while the grid is being placed, and at its first evaluation."""
@@ -19,8 +23,8 @@ DEPTH = 30.0
 """The grid covers all that is within so many nats of the highest density."""
 
 
-@dataclass(frozen=True)
-class Quadrature:
+@dataclass(frozen=True, repr=False)
+class Quadrature(Tabular):
     """The posterior of `B` data on a grid of its own each.
 
     Attributes:
@@ -38,6 +42,16 @@ class Quadrature:
     covariance: Tensor
     grids: tuple[Grid, ...]
     _target: LogJoint
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a datum: log p(x), its error, mean and sd of each latent."""
+        moments = {
+            f"{name}[{i}]": value[:, i]
+            for name, value in (("mean", self.mean), ("sd", self.sd))
+            for i in range(value.shape[1])
+        }
+        return by_datum({"log_evidence": self.log_evidence, "error": self.error} | moments)
 
     @property
     def sd(self) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from pyro_vae.tables import Tabular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +39,8 @@ class Epoch:
     """since the start of the run, pauses between a kill and a resumption left out"""
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Tabular):
     """A finished fit. The model and the guide hold the weights of `best_epoch`.
 
     Attributes:
@@ -67,19 +70,19 @@ class Run:
         """Wall time of the fit."""
         return self.epochs[-1].seconds
 
-    def __repr__(self) -> str:
+    def _told(self) -> Sequence[str | pd.DataFrame]:
         best = self.best
         end = "converged" if self.stopped_early else "ran"
-        return (
+        return [
             f"Run: {end} {self.epochs[-1].epoch} epochs in {self.seconds:.1f} s; epoch "
             f"{best.epoch} kept, validation ELBO {best.validation_elbo:.2f} ± "
             f"{best.validation_elbo_se:.2f} nats (reconstruction "
             f"{best.validation_reconstruction:.2f}, KL {best.validation_kl:.2f})"
-        )
+        ]
 
 
-@dataclass(frozen=True)
-class Runs:
+@dataclass(frozen=True, repr=False)
+class Runs(Tabular):
     """The same fit from several seeds.
 
     Attributes:
@@ -111,8 +114,9 @@ class Runs:
         bests = [run.best.validation_elbo for run in self.runs.values()]
         return torch.tensor(bests, dtype=torch.float64)
 
-    def __repr__(self) -> str:
-        return (
+    def _told(self) -> Sequence[str | pd.DataFrame]:
+        return [
             f"Runs: {len(self.runs)} seeds, validation ELBO {self.validation_elbo:.2f} ± "
-            f"{self.validation_elbo_se:.2f} nats (mean and standard error over seeds)"
-        )
+            f"{self.validation_elbo_se:.2f} nats (mean and standard error over seeds)",
+            self.table,
+        ]

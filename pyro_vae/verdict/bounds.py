@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -15,10 +16,18 @@ from pyro_vae.capture import CannotCaptureError, Recorded
 from pyro_vae.checks import check_pair
 from pyro_vae.pair import Batch, Guide, Model, evaluating, log_densities, preserved_rng
 from pyro_vae.posterior.draws import Draws
+from pyro_vae.tables import Tabular, by_datum
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
-@dataclass(frozen=True)
-class Bounds:
+FIGURES = ("elbo", "elbo_se", "iwae", "iwae_se", "ess", "khat")
+"""Of `Bounds`, each `(B,)`."""
+
+
+@dataclass(frozen=True, repr=False)
+class Bounds(Tabular):
     """What the importance weights w = p(x, z) / q(z | x) of `S` draws say of `B` data.
 
     Attributes:
@@ -40,11 +49,15 @@ class Bounds:
     khat: Tensor
     draws: Draws
 
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a datum, a column a figure."""
+        return by_datum({name: getattr(self, name) for name in FIGURES})
+
     @classmethod
     def joined(cls, parts: Sequence[Bounds]) -> Bounds:
         """The bounds of several batches as those of one."""
-        names = ("elbo", "elbo_se", "iwae", "iwae_se", "ess", "khat")
-        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in FIGURES}
         return cls(**tensors, draws=Draws.joined([part.draws for part in parts]))
 
 

@@ -26,6 +26,7 @@ from pyro_vae.pair import (
     preserved_rng,
     simulate,
 )
+from pyro_vae.tables import Tabular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +47,7 @@ COLOURS = {
 
 
 @dataclass(frozen=True, repr=False)
-class Calibration:
+class Calibration(Tabular):
     r"""Ranks of what generated the data among draws of the guide, by test quantity.
 
     The quantities are every scalar latent, the product of each two of at most four, centred,
@@ -199,8 +200,8 @@ class Calibration:
         axes.legend(frameon=False, fontsize=7)
         return axes
 
-    def __repr__(self) -> str:
-        return self.summary().to_string(float_format="{:.3f}".format)
+    def _told(self) -> Sequence[str | pd.DataFrame]:
+        return [self.summary()]
 
 
 def calibrate(
@@ -283,7 +284,7 @@ def calibrate(
 
 
 @dataclass(frozen=True, repr=False)
-class JointTest:
+class JointTest(Tabular):
     """Whether a kernel leaves its target as it is; what `joint_test` returns.
 
     Attributes:
@@ -299,9 +300,8 @@ class JointTest:
         z = torch.tensor(self.table["z"].to_numpy()).abs().nan_to_num(nan=torch.inf)
         return min(1.0, len(z) * math.erfc(float(z.max()) / math.sqrt(2)))
 
-    def __repr__(self) -> str:
-        table = self.table.to_string(float_format="{:.3f}".format)
-        return f"{table}\n\np-value of all {self.pvalue:.2g}"
+    def _told(self) -> Sequence[str | pd.DataFrame]:
+        return [self.table, f"p-value of all {self.pvalue:.2g}"]
 
 
 def joint_test(

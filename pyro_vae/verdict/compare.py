@@ -17,6 +17,7 @@ from pyro_vae.checks import check_pair
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import Batch, Guide, Model, evaluating, observation, preserved_rng
 from pyro_vae.posterior import Annealed, Draws, Quadrature
+from pyro_vae.tables import Tabular, by_datum
 from pyro_vae.verdict.bounds import Bounds, bounds
 from pyro_vae.verdict.distances import distances
 from pyro_vae.verdict.family import family_of
@@ -67,7 +68,7 @@ class Limits:
 
 
 @dataclass(frozen=True, repr=False)
-class Verdict:
+class Verdict(Tabular):
     """A guide held against the posterior of `B` data, and MCMC beside it.
 
     Attributes:
@@ -103,8 +104,6 @@ class Verdict:
         `mcmc_mcse` is the standard error that the chains' mean admits to. `why` is empty where
         the guide is trusted; where the truth itself is in doubt it says so first.
         """
-        import pandas as pd
-
         log_evidence, error = self._evidence()
         guide_mean, guide_sd = _errors(_moments(self.bounds.draws), self._reference())
         mcmc_mean, mcmc_sd = self._witness()
@@ -128,8 +127,7 @@ class Verdict:
             "rhat": _stacked(self.mcmc.rhat).amax(-1),
             "ess": _stacked(self.mcmc.ess).amin(-1),
         }
-        table = pd.DataFrame({name: value.numpy() for name, value in columns.items()})
-        table.index.name = "datum"
+        table = by_datum(columns)
         rows = zip(table.to_dict("records"), self.mcmc.trouble, strict=True)
         doubtful = self.exact is None  # then the guide is measured against the chains
         table["why"] = [
@@ -145,15 +143,11 @@ class Verdict:
         The columns of `pyro_vae.verdict.distances.distances`: `_zero` is the same figure for
         one half of the chains against the other.
         """
-        import pandas as pd
-
         chains = torch.cat([v.flatten(3) if v.dim() > 3 else v.unsqueeze(-1)
                             for v in self.mcmc.sites.values()], -1)  # fmt: skip
         points = min(200, len(self.bounds.draws.flat), chains.shape[1])
         found = distances(self.bounds.draws.flat, chains, points=points)
-        table = pd.DataFrame({name: value.numpy() for name, value in found.items()})
-        table.index.name = "datum"
-        return table
+        return by_datum(found)
 
     def summary(self) -> pd.DataFrame:
         """Pooled over data: a row for the guide, and one for MCMC.
@@ -243,15 +237,9 @@ class Verdict:
         else:
             (folder / "exact.nc").unlink(missing_ok=True)  # of an earlier verdict
 
-    def __repr__(self) -> str:
-        import pandas as pd
-
-        with pd.option_context("display.width", 120, "display.max_columns", None):
-            table = self.table.drop(columns="mcmc_trouble").rename(columns=SHORT)
-            return (
-                f"{table.to_string(float_format='{:.2f}'.format, na_rep='')}\n\n{self.rung}\n\n"
-                f"pooled\n{self.summary().to_string(float_format='{:.2f}'.format, na_rep='')}"
-            )
+    def _told(self) -> Sequence[str | pd.DataFrame]:
+        table = self.table.drop(columns="mcmc_trouble").rename(columns=SHORT)
+        return [table.round(2), f"{self.rung}; pooled:", self.summary()]
 
     def _evidence(self) -> tuple[Tensor, Tensor]:
         """Log p(x) and its error, nats, `(B,)` each."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyro_vae.tables import Tabular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,7 +106,7 @@ class Holes:
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis:
+class Diagnosis(Tabular):
     """What `diagnose` found, in nats per datum over all `N` rows.
 
     Attributes:
@@ -182,14 +185,8 @@ class Diagnosis:
             axes, self.units.names, variance.value, variance.se, self.units.threshold
         )
 
-    def __repr__(self) -> str:
-        import pandas as pd
-
-        with pd.option_context("display.width", 120, "display.max_columns", None):
-            return "\n\n".join(
-                frame.to_string(float_format="{:.3f}".format, na_rep="–")
-                for frame in (self.summary(), self.table)
-            )
+    def _told(self) -> Sequence[str | pd.DataFrame]:
+        return [self.summary(), self.table]
 
 
 def _quantile(values: Tensor, share: float) -> Estimate:

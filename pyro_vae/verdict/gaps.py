@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -24,7 +25,11 @@ from pyro_vae.pair import (
     log_prob_of,
     preserved_rng,
 )
+from pyro_vae.tables import Tabular, by_datum
 from pyro_vae.verdict.family import Family, family_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SWEEPS = 4
 """Sweeps of the step size; the last one tells whether there was more to gain."""
@@ -36,8 +41,8 @@ ROUNDING = 1.0
 """Nats above log p(x) from which an ELBO is taken for a failure of single precision."""
 
 
-@dataclass(frozen=True)
-class Gaps:
+@dataclass(frozen=True, repr=False)
+class Gaps(Tabular):
     """The inference gap of `B` data in its two parts; nats, `(B,)` each, float64.
 
     Attributes:
@@ -55,6 +60,12 @@ class Gaps:
     best_log_weight: Tensor
     drift: Tensor
     drift_se: Tensor
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a datum: the inference gap, its two parts, and their standard errors."""
+        names = ("inference", "approximation", "amortization")
+        return by_datum({n: getattr(self, n) for name in names for n in (name, f"{name}_se")})
 
     @cached_property
     def inference(self) -> Tensor:
