@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint lock notebooks clean
+.PHONY: demo test lint wheel lock notebooks papers clean
 
 demo: $(READY)
 	$(BIN)/pyro-vae demo
@@ -13,10 +13,22 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --cov --cov-report=term
 
+# built, installed where nothing else is, and used from there
+wheel: $(READY)
+	rm -rf build
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv build --wheel --no-build-isolation --out-dir build/wheel
+	$(PYTHON) -m venv build/empty
+	VIRTUAL_ENV=build/empty $(BIN)/uv pip install --constraint requirements.lock build/wheel/*.whl
+	cd build && empty/bin/pyro-vae demo --epochs 3 --digits 2 --out run --quiet
+	cd build && empty/bin/pyro-vae report run --rows 2 --quiet
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+papers: $(READY)
+	$(BIN)/python benchmarks/papers/list.py
 
 notebooks: $(READY)
 	$(BIN)/python benchmarks/notebooks.py

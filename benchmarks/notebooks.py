@@ -17,6 +17,7 @@ import torch
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
+os.environ["TORCH_LOGS"] = "-torch.utils.cpp_extension"  # which warns of a GPU that is not there
 RESULTS = ROOT / "benchmarks/results/notebooks.json"
 
 

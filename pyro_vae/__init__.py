@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from . import svi as svi
     from . import verdict as verdict
     from .checks import check_pair as check_pair
+    from .pair import PairModule as PairModule
+    from .pair import observation as observation
     from .ranks import sharded as sharded
     from .svi.checkpoint import load_weights as load_weights
     from .svi.checkpoint import save_weights as save_weights
@@ -54,6 +56,8 @@ _FUNCTIONS = {
     "diagnose": "verdict.diagnostics",
     "fit": "svi.fit",
     "gaps": "verdict.gaps",
+    "observation": "pair",
+    "PairModule": "pair",
     "load_weights": "svi.checkpoint",
     "save_weights": "svi.checkpoint",
     "sharded": "ranks",

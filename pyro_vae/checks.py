@@ -126,7 +126,7 @@ def check_pair(model: Model, guide: Guide, batch: Batch) -> None:
         guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
         for site in guide_sites.values():
             _check_plate(site, "guide", len(few[0]))
-        model_trace = _traced("model", poutine.replay(model, trace=guide_trace), few)
+        model_trace = _traced("model", model, few)  # alone: a wrong draw may break its networks
         model_sites = {site["name"]: site for site in latent_sites(model_trace)}
         if set(guide_sites) != set(model_sites):
             refuse(
@@ -138,6 +138,7 @@ def check_pair(model: Model, guide: Guide, batch: Batch) -> None:
         for name, site in model_sites.items():
             _check_plate(site, "model", len(few[0]))
             _check_event(site, guide_sites[name])
+        model_trace = _traced("model", poutine.replay(model, trace=guide_trace), few)
         _check_observation(model_trace, batch)
         for side, program, trace in (("model", model, model_trace), ("guide", guide, guide_trace)):
             _check_parameters(side, program, trace)
@@ -201,10 +202,7 @@ def check_support(distribution: Any, x: Tensor) -> None:
             expected=f"values in {_kind(distribution.support)}",
             got=f"{int(bad.sum())} of {len(x)} rows outside, {_first_rows(bad)}; "
             f"values from {low:g} to {high:g}",
-            advice="x / 255 for pixels of 8 bits, then binarise"
-            if low >= 0 and 1 < high <= 255
-            else "binarise, x.bernoulli() or (x > 0.5).float(), or take a likelihood for such "
-            "values, pv.likelihoods.Normal(scale)",
+            advice=_remedy(distribution, low, high),
         )
 
 
@@ -234,7 +232,7 @@ def _check_parameters(side: str, program: Callable[..., Any], trace: poutine.Tra
                 "another of that name",
                 expected="names that no other module has used",
                 got="a parameter that no step would move",
-                advice="other attribute names, pyro_vae.pair.PairModule for PyroModule, or "
+                advice="other attribute names, pv.PairModule for PyroModule, or "
                 "pyro.clear_param_store()",
             )
 
@@ -322,6 +320,17 @@ def _check_draws(model: Model, guide: Guide, batch: Batch) -> None:
 def _first_rows(bad: Tensor) -> str:
     rows = bad.nonzero().flatten().tolist()
     return f"the first {rows[:5]}" if len(rows) > 5 else f"rows {rows}"
+
+
+def _remedy(distribution: Any, low: float, high: float) -> str:
+    if _name(distribution) != "Bernoulli":
+        return "a likelihood for such values, such as pv.likelihoods.Normal(scale), or x.round()"
+    if low >= 0 and 1 < high <= 255:
+        return "x / 255 for pixels of 8 bits, then binarise"
+    return (
+        "binarise, x.bernoulli() or (x > 0.5).float(), or take a likelihood for such values, "
+        "pv.likelihoods.Normal(scale)"
+    )
 
 
 def _name(distribution: Any) -> str:

@@ -97,7 +97,7 @@ def images(ax: Axes, x: Tensor, shape: tuple[int, int], *, columns: int = 8) -> 
     """
     columns = min(columns, len(x))
     rows = -(-len(x) // columns)
-    finer = max(1, 64 // max(shape))  # a gap of 2 is then thin beside any image
+    finer = max(1, 32 // max(shape))  # a gap of 2 is then thin beside any image, and seen
     tiles = x.reshape(-1, *shape).repeat_interleave(finer, 1).repeat_interleave(finer, 2)
     height, width = (side * finer for side in shape)
     sheet = tiles.new_full((rows * columns, height + 2, width + 2), torch.nan)

@@ -196,7 +196,8 @@ class VampPrior(nn.Module):
     Args:
         posterior: the callable $x \mapsto q(z \mid x)$, such as `guide.posterior`.
         pseudo_inputs: where the `K` pseudo-inputs start, `(K, D)`.
-        data_range: the pseudo-inputs stay in between, by a sigmoid; `None` for real data.
+        data_range: the pseudo-inputs stay in between, by a sigmoid, and start within its middle
+            90 %; `None` for real data, or for pseudo-inputs that are the data themselves.
         learned_weights: fit $\pi$, instead of $1/K$.
 
     Warning:

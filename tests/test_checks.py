@@ -13,7 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 import pyro_vae as pv
-from pairs import Pair, digits_pair
+from pairs import Pair, digits_pair, guide_of
 from pyro_vae.checks import check_batch, check_support
 
 
@@ -130,6 +130,20 @@ def test_bad_data_is_refused_before_the_first_step(entry: str, x: Tensor, messag
         call[entry]()
     for p, q in zip(pair.model.parameters(), before, strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_wrong_draw_is_named_before_it_breaks_the_models_network() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("z", dist.Gamma(torch.ones(2), 1.0).to_event(1))
+            weights = torch.linalg.cholesky(torch.diag_embed(rate))  # fails below 0
+            pyro.sample("x", dist.Poisson(weights.diagonal(dim1=-2, dim2=-1)).to_event(1), obs=x)
+
+    x = torch.ones(20, 2)
+    with pytest.raises(ValueError, match="draws 'z' outside the support of its prior"):
+        pv.check_pair(model, guide_of(lambda x: dist.Normal(-9 * x, 1.0).to_event(1)), (x,))
+    with pytest.raises(ValueError, match=r"for such values.*x.round\(\)"):
+        pv.check_pair(model, guide_of(lambda x: dist.Gamma(x.ceil(), 1.0).to_event(1)), (x + 0.5,))
 
 
 def test_a_bad_row_late_in_the_data_is_found(digits: pv.data.Dataset) -> None:

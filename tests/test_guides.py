@@ -12,7 +12,7 @@ from pyro.distributions.testing.gof import auto_goodness_of_fit
 from torch import nn
 
 import pyro_vae as pv
-from pairs import Pair, catalogue_pair, digits_pair, random_ppca
+from pairs import GUIDES, Pair, catalogue_pair, digits_pair, random_ppca
 from pyro_vae.guides import CorruptedGuide, FlowGuide, NormalGuide, RefinedGuide, Table
 from pyro_vae.guides.corrupted import gaussian, masking
 from pyro_vae.posterior import quadrature
@@ -115,6 +115,19 @@ def test_refinement_leaves_the_world_alone(trained: Pair, digits: Any) -> None:
     assert {id(p) for p in refined.parameters()} == {id(p) for p in trained.guide.parameters()}
     with pytest.raises(ValueError, match="steps and draws must be >= 1"):
         RefinedGuide(trained.guide, trained.model, steps=0)
+
+
+@pytest.mark.parametrize("family", ["mean-field", "full", "flow"])
+def test_what_is_refined_does_not_depend_on_its_neighbours(family: str, digits: Any) -> None:
+    x = digits.train[0][:50]
+    guide = GUIDES[family](x, 2)
+    model = digits_pair().model
+    refined = pv.guides.RefinedGuide(guide, model, steps=3)
+    z = torch.randn(2)
+    together = refined.posterior(x[:5]).log_prob(z)
+    alone = refined.posterior(x[3:4]).log_prob(z)
+    torch.testing.assert_close(together[3:4], alone)
+    assert (together - guide.posterior(x[:5]).log_prob(z)).abs().min() > 1e-4
 
 
 def test_corruption_is_for_training_only(digits: Any) -> None:

@@ -20,7 +20,8 @@ class Table(nn.Module):
         start: an encoder whose answers are the first parameters; zeros by default.
 
     Warning:
-        It knows nothing of other data; dynamic binarisation makes every batch other data.
+        It knows nothing of other data; dynamic binarisation makes every batch other data. From
+        zeros a row may climb to a minor mode of its posterior: `start` from a fitted encoder.
 
     Raises:
         ValueError: a `start` of another width; when called, a row that is not in the table.

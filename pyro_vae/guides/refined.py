@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_vae.guides.amortized import AbstractAmortizedGuide
 from pyro_vae.log_joint import LogJoint
-from pyro_vae.pair import Model, PairModule, frozen, preserved_rng
+from pyro_vae.pair import Model, PairModule, frozen
 
 
 class RefinedGuide(PairModule):
@@ -24,8 +28,9 @@ class RefinedGuide(PairModule):
         model: the model of the pair. It is called, not owned.
         steps: of ascent.
         lr: η, in units of the features.
-        draws: `z` for each gradient, the same random numbers at each step.
-        seed: of these draws.
+        draws: `z` for each gradient, the same points of randomised quasi-Monte Carlo at each
+            step and for each datum.
+        seed: of these points.
 
     Warning:
         Steps are not differentiated through: to train the encoder, fit the amortized guide.
@@ -81,10 +86,32 @@ class RefinedGuide(PairModule):
         with poutine.block(), frozen(model, self.guide), torch.enable_grad():
             target = LogJoint(model, batch)
             for _ in range(self.steps):
-                with preserved_rng(self.seed):
+                with _SameNoise(self.seed):
                     q = self.guide.distribution(features)
                     z = q.rsample(torch.Size([self.draws]))
                     loss = (q.log_prob(z) - target.of_latent(z)).mean(0).sum()
                 (features.grad,) = torch.autograd.grad(loss, [features])
                 optimizer.step()
         return self.guide.distribution(features.detach())
+
+
+class _SameNoise(TorchFunctionMode):
+    """Normal noise `(S, B, ...)`, the same for each row, whatever its neighbours.
+
+    Quantiles of scrambled Sobol points cover the normal law more evenly than draws do.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not Tensor.normal_:
+            return func(*args, **(kwargs or {}))
+        (noise,) = args
+        draws, _, *event = noise.shape
+        sobol = torch.quasirandom.SobolEngine(math.prod(event), scramble=True, seed=self.seed)
+        points = torch.special.ndtri(sobol.draw(draws, dtype=torch.float64).clamp(1e-9, 1 - 1e-9))
+        return noise.copy_(points.view(draws, 1, *event))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,8 @@ SHOWN = 8
 @dataclass(frozen=True, repr=False)
 class Draws(Tabular):
     """Posterior draws of `B` data.
+
+    Those of a guide are independent: R-hat and ESS then say nothing of whether they are right.
 
     Attributes:
         sites: each latent site, `(C, S, B, *event)`: chains, draws, data.
@@ -175,7 +178,9 @@ class Draws(Tabular):
         Group `posterior` has dims `(chain, draw, datum, latent)`, group `sample_stats`
         `(chain, draw, datum)`. Needs at least one draw; works for draws of a guide as well.
         """
-        import arviz
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of ArviZ 0.23, of itself, once a day
+            import arviz
 
         posterior = {name: value.detach().cpu().numpy() for name, value in self.sites.items()}
         stats = {name: value.detach().cpu().numpy() for name, value in self.stats.items()}

@@ -61,7 +61,8 @@ def fit(
     Each step takes `Trace_ELBO()(model, guide)` of a mini-batch, per datum, and its gradient
     by reparameterization. After each epoch the ELBO and its two terms are measured on
     training and validation rows. At the end the pair holds the weights of the epoch with the
-    highest validation ELBO.
+    highest validation ELBO: the plain one, whatever the objective, so that a fit of a tighter
+    bound such as `DReG`, whose guide need not have a high ELBO, wants `measure_every=epochs`.
 
     Args:
         model: p(z) p(x | z).
@@ -91,7 +92,8 @@ def fit(
             `checkpoint.pt`). A fit that finds its own checkpoint there goes on from it, on a
             CPU to the same weights bit for bit; more `epochs` than before prolong it.
         save_every: seconds between checkpoints; one is written at the end in any case.
-        on_epoch: called with each measured epoch, for a log of your own.
+        on_epoch: called with each measured epoch, for a log of your own; with `average`, the
+            figures are those of averaged weights, which the pair does not hold then.
         fabric: a launched `lightning_fabric.Fabric`, to share every batch among processes.
         seed: of the order of rows and of the draws; torch's random state is left as it was.
             The initial weights are yours. Equal seeds give equal runs on one machine.

@@ -21,7 +21,7 @@ from pyro_vae.tables import Tabular, by_datum
 from pyro_vae.verdict.bounds import Bounds, bounds
 from pyro_vae.verdict.distances import distances
 from pyro_vae.verdict.family import family_of
-from pyro_vae.verdict.gaps import Gaps, gaps
+from pyro_vae.verdict.gaps import SWEEPS, Gaps, gaps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -312,9 +312,9 @@ def compare(
         True
     """
     check_pair(model, guide, batch)
-    if draws < 25 or mcmc_draws < 4 or chains < 2 or search < 0:
+    if draws < 25 or mcmc_draws < 4 or chains < 2 or search < 0 or 0 < search < SWEEPS:
         raise ValueError(
-            "compare wants draws >= 25, mcmc_draws >= 4, chains >= 2, search >= 0; "
+            f"compare wants draws >= 25, mcmc_draws >= 4, chains >= 2, search 0 or >= {SWEEPS}; "
             f"got {draws}, {mcmc_draws}, {chains}, {search}"
         )
     size = LogJoint(model, batch).size
