@@ -33,6 +33,7 @@ from pyro_vae.svi import objectives
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/papers/static_mnist.json"
+COST = "half a day a row on 2 cores"
 LATENT, HIDDEN, COMPONENTS = 40, (300, 300), 500
 
 
