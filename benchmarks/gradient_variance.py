@@ -4,7 +4,8 @@
 
 A VAE on the 8×8 digits, at the start of its fit and after it. For each estimator: the total
 variance over the guide's parameters, relative to that of `Trace_ELBO`, and the ratio of the norm
-of the mean gradient, less its bias, to its standard deviation (the higher, the fewer steps wasted).
+of the mean gradient, less its bias, to its standard deviation (the higher, the fewer steps are
+wasted).
 """
 
 from __future__ import annotations
