@@ -58,6 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"pyro-vae: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if debug:
+            raise
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"pyro-vae: {told}\n  try:      the same with --debug", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if debug:
             raise
@@ -67,13 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(given: Sequence[str]) -> ArgumentParser:
-    parser = ArgumentParser(prog="pyro-vae", description=DESCRIPTION, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="pyro-vae", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"pyro-vae {__version__}")
     commands = parser.add_subcommands(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = ArgumentParser(
-            description=summary[0].upper() + summary[1:] + ".", exit_on_error=False
-        )
+            description=summary[0].upper() + summary[1:] + ".",
+            exit_on_error=False, allow_abbrev=False,
+        )  # fmt: skip
         _add_options(name, command, given)
         command.add_argument("--quiet", action=ActionYesNo, default=False, help="no progress bars")
         commands.add_subcommand(name, command, help=summary)
@@ -149,14 +158,14 @@ def _demo(options: Namespace) -> str:
 
 
 def _fit(options: Namespace) -> str:
-    from pyro_vae.recipe import build, recipe_of, refuse_another, writable_folder, write_recipe
+    from pyro_vae.recipe import begin_run, build, recipe_of, refuse_another, writable_folder
     from pyro_vae.svi import fit, save_weights
 
     recipe = recipe_of(options)
     folder = writable_folder(options.out)
     refuse_another(folder, recipe)
     rows, model, guide = build(recipe, allow=options.allow)
-    write_recipe(folder, recipe)
+    begin_run(folder, recipe)
     run = fit(
         model, guide, rows, **recipe.fit.options(), seed=recipe.seed, folder=folder,
         progress=not options.quiet,
@@ -181,22 +190,27 @@ def _evaluate(options: Namespace) -> str:
         "draws": options.draws,
         "seed": options.seed,
         "elbo": table.elbo.mean(),
-        "elbo_se": table.elbo.sem(),
+        "elbo_se": table.elbo.sem() if count > 1 else None,
         "log_likelihood": table.iwae.mean(),
-        "log_likelihood_se": table.iwae.sem(),
+        "log_likelihood_se": table.iwae.sem() if count > 1 else None,
         "khat_above_0.7": float((table.khat > 0.7).mean()),
         "median_ess": table.ess.median(),
     }
     (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(
-        f"{count} test rows, {options.draws} draws each, nats a row (standard error over rows)\n"
-        f"  ELBO              {summary['elbo']:9.2f} ± {summary['elbo_se']:.2f}\n"
-        f"  log p(x), IWAE    {summary['log_likelihood']:9.2f} ± "
-        f"{summary['log_likelihood_se']:.2f}\n"
+        f"{count} test row{'s' * (count > 1)}, {options.draws} draws each, nats a row "
+        "(standard error over rows)\n"
+        f"  ELBO              {_with_error(table.elbo)}\n"
+        f"  log p(x), IWAE    {_with_error(table.iwae)}\n"
         f"  k-hat above 0.7   {summary['khat_above_0.7']:9.1%}   there the estimate is too low\n"
         f"  ESS, median       {summary['median_ess']:9.0f}"
     )
     return f"{folder}: evaluation.csv, evaluation.json"
+
+
+def _with_error(column: Any) -> str:
+    error = f" ± {column.sem():.2f}" if len(column) > 1 else ""
+    return f"{column.mean():9.2f}{error}"
 
 
 def _compare(options: Namespace) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae import data, models, plots
-from pyro_vae.recipe import Recipe, Settings, build, refuse_another, writable_folder, write_recipe
+from pyro_vae.recipe import Recipe, Settings, begin_run, build, refuse_another, writable_folder
 from pyro_vae.svi import Run, fit, save_weights
 from pyro_vae.verdict import Verdict, compare
 
@@ -41,7 +41,7 @@ def demo(
         raise ValueError(f"digits must be 1..{len(held_out.test[0])}; got {digits}")
     folder = writable_folder(folder)
     refuse_another(folder, recipe)
-    write_recipe(folder, recipe)
+    begin_run(folder, recipe)
     run = fit(
         model, guide, held_out, **recipe.fit.options(), seed=seed, folder=folder, progress=progress
     )

@@ -176,6 +176,18 @@ def observation(model: Model, latents: Mapping[str, Tensor], batch: Batch | None
     return trace.nodes["x"]["fn"]
 
 
+def center(distribution: Any) -> Tensor:
+    """The mean of p(x | z), and the likeliest value where it has none: categories.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> center(dist.Normal(2.0, 1.0)), center(dist.Categorical(torch.tensor([0.1, 0.9])))
+        (tensor(2.), tensor(1))
+    """
+    mean: Tensor = distribution.mean
+    return distribution.mode if mean.isnan().any() else mean
+
+
 def simulate(model: Model, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
     """Draw z* ~ p(z) and x ~ p(x | z*): one simulated datum for each row of the batch.
 

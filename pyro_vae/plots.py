@@ -76,9 +76,13 @@ def posterior(
     return ax
 
 
-def image(ax: Axes, x: Tensor, shape: tuple[int, int], title: str = "") -> Axes:
-    """One row of data as an image, ink dark, 0 white and 1 black."""
-    ax.imshow(x.reshape(shape).numpy(), cmap="Greys", vmin=0, vmax=1)
+def image(
+    ax: Axes, x: Tensor, shape: tuple[int, int], title: str = "", *,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Axes:  # fmt: skip
+    """One row of data as an image, ink dark: the lower limit white, the upper one black."""
+    low, high = limits
+    ax.imshow(x.reshape(shape).numpy(), cmap="Greys", vmin=low, vmax=high)
     ax.set_title(title, fontsize=7, pad=3)
     ax.set_axis_off()
     return ax
@@ -98,7 +102,7 @@ def images(ax: Axes, x: Tensor, shape: tuple[int, int], *, columns: int = 8) -> 
     columns = min(columns, len(x))
     rows = -(-len(x) // columns)
     finer = max(1, 32 // max(shape))  # a gap of 2 is then thin beside any image, and seen
-    tiles = x.reshape(-1, *shape).repeat_interleave(finer, 1).repeat_interleave(finer, 2)
+    tiles = x.double().reshape(-1, *shape).repeat_interleave(finer, 1).repeat_interleave(finer, 2)
     height, width = (side * finer for side in shape)
     sheet = tiles.new_full((rows * columns, height + 2, width + 2), torch.nan)
     sheet[: len(x), :height, :width] = tiles
@@ -310,10 +314,13 @@ def comparison(
     for column, datum in enumerate(data):
         place = slice(2 * column, 2 * column + 2)
         if shape is not None:
+            seen = pictures[column][0]
+            limits = min(0.0, float(seen.min())), max(1.0, float(seen.max()))
             for offset, (x, name) in enumerate(
                 zip(pictures[column], ("data", "reconstruction"), strict=True)
             ):
-                image(figure.add_subplot(grid[0, 2 * column + offset]), x, shape, name)
+                place_of = figure.add_subplot(grid[0, 2 * column + offset])
+                image(place_of, x, shape, name, limits=limits)
         panel = figure.add_subplot(grid[-1, place])
         posterior(panel, exact, datum, guide=guide, mcmc=mcmc)
         title, _, below = titles[column].partition("\n")

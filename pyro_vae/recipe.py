@@ -11,10 +11,10 @@ import re
 import tempfile
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from types import ModuleType, UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -159,7 +159,11 @@ class Run(NamedTuple):
     data: data.Dataset
     model: models.VAE
     guide: Any
-    fitted: Fitted
+
+    @property
+    def fitted(self) -> Fitted:
+        """What its fit measured."""
+        return read_log(self.folder, asked=self.recipe.fit.epochs)
 
 
 class Built(NamedTuple):
@@ -195,7 +199,10 @@ def build(recipe: Recipe, *, allow: Sequence[str] = ()) -> Built:
         guide = _made(family, recipe.guide, encoder, latent_dim=recipe.latent)
         kind = find(recipe.prior.name, priors)
         if kind is priors.VampPrior:
-            few = rows.train[0][: 100 * recipe.prior.options.get("components", 1)]
+            components = recipe.prior.options.get("components")
+            if not isinstance(components, int) or components < 1:
+                raise ValueError(f"VampPrior: components must be 1 or more; got {components!r}")
+            few = rows.train[0][: 100 * components]
             x = few if rows.per_batch is None else rows.per_batch(few)
             make = kind.from_data
             prior = _made(make, recipe.prior, guide.posterior, x)
@@ -225,10 +232,15 @@ def load_rows(source: Source) -> data.Dataset:
     return data.load(source.name, root=source.root, binarize=choice)
 
 
-def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write `config.yaml`, to edit and to fit again."""
+def begin_run(folder: Path, recipe: Recipe) -> None:
+    """Write `config.yaml`, to edit and to fit again; weights of before are no result of it."""
     import yaml
 
+    for name in ("model.safetensors", "guide.safetensors", "history.csv"):
+        (folder / name).unlink(missing_ok=True)
+    path = Path(recipe.data.name)
+    if path.exists():  # from whatever folder the run is opened
+        recipe = replace(recipe, data=replace(recipe.data, name=str(path.resolve())))
     plain = json.loads(json.dumps(asdict(recipe)))
     text = yaml.safe_dump({"version": __version__, **plain}, sort_keys=False)
     replace_file(folder / "config.yaml", text)
@@ -285,7 +297,7 @@ def open_run(folder: str | Path, *, allow: Sequence[str] = ()) -> Run:
             f"the weights in {str(path)!r} are not those of its config.yaml: "
             f"{str(error).splitlines()[0]}\n  try:      undo the change of config.yaml"
         ) from error
-    return Run(path, recipe, *built, fitted=read_log(path, asked=recipe.fit.epochs))
+    return Run(path, recipe, *built)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -334,6 +346,9 @@ def refuse_another(folder: Path, recipe: Recipe) -> None:
         {**asdict(r), "fit": {k: v for k, v in asdict(r.fit).items() if k not in free}}
         for r in (read_recipe(folder / "config.yaml"), recipe)
     )
+    for plain in (found, wanted):
+        if (path := Path(plain["data"]["name"])).exists():
+            plain["data"]["name"] = str(path.resolve())
     other = [key for key in wanted if found[key] != wanted[key]]
     if other:
         raise ValueError(
@@ -353,14 +368,46 @@ def _from_plain(kind: Any, found: Any, where: str) -> Any:
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected keys, got {found!r}")
     kinds = {f.name: f for f in fields(kind)}
+    hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, value in found.items():
         if key not in kinds:
             raise ValueError(f"{where}: {_unknown('key', key, kinds)}")
+        if not is_dataclass(hints[key]) and not _fits(value, hints[key]):
+            raise ValueError(
+                f"{where}: {key} is of another kind\n  expected: {_named(hints[key])}"
+                f"\n  got:      {value!r}"
+            )
         nested = {"data": Source, "fit": Settings}.get(key)
         nested = Part if key in ("prior", "likelihood", "guide") else nested
         values[key] = _from_plain(nested, value, f"{where}, {key}") if nested else value
+    for name, own in kinds.items():
+        if name not in values and own.default is MISSING and own.default_factory is MISSING:
+            raise ValueError(f"{where}: {name} is missing")
     return kind(**_tuples(values))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from a file is of a type: numbers, text, lists and mappings."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        sizes = get_args(hint)
+        counted = sizes[-1] is Ellipsis or len(sizes) == len(value) if _is_list(value) else False
+        return counted and all(_fits(item, sizes[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _named(hint: Any) -> str:
+    return str(getattr(hint, "__name__", hint)).replace("NoneType", "null")
 
 
 class _Finder:
@@ -371,13 +418,18 @@ class _Finder:
 
     def __call__(self, name: str, home: ModuleType) -> Any:
         module, colon, cls = name.rpartition(":")
-        if colon:
+        if colon and module:
             if module not in self.allow:
                 raise ValueError(
                     f"{name!r} is of a module that is not allowed\n  expected: a class of "
                     f"pyro_vae, or --allow {module}, if you trust its code"
                 )
-            found = getattr(importlib.import_module(module), cls, None)
+            try:
+                found = getattr(importlib.import_module(module), cls, None)
+            except ModuleNotFoundError as error:
+                raise ValueError(
+                    f"{error}\n  try:      PYTHONPATH=FOLDER, the one that {module}.py lies in"
+                ) from error
             if found is None:
                 raise ValueError(f"module {module!r} has no {cls!r}")
             return found
@@ -390,11 +442,19 @@ class _Finder:
 
 
 def parts_of(home: ModuleType) -> dict[str, Any]:
-    """The classes of priors, likelihoods, guides or networks that a recipe may name."""
+    """The classes of priors, likelihoods, guides or networks that a recipe can build."""
+    fit_in = {
+        networks: lambda kind: issubclass(kind, networks.MLP | networks.GatedMLP),
+        priors: lambda kind: (
+            "latent_dim" in inspect.signature(kind).parameters or kind is priors.VampPrior
+        ),
+        likelihoods: lambda kind: hasattr(kind, "features"),
+        guides: lambda kind: hasattr(kind, "features"),
+    }[home]
     return {
         name: value
         for name, value in vars(home).items()
-        if inspect.isclass(value) and issubclass(value, nn.Module) and name[0].isupper()
+        if inspect.isclass(value) and issubclass(value, nn.Module) and fit_in(value)
     }
 
 

@@ -234,6 +234,8 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(tmp_path: Path
     _, errors = endless.communicate(timeout=60)
     assert endless.returncode == 130
     assert f"interrupted; kept in {out}: checkpoint.pt, config.yaml, log.jsonl" in errors
+    with pytest.raises(ValueError, match="not finished"):
+        recipe.open_run(out)
     done = len((out / "log.jsonl").read_text().splitlines())
     again = subprocess.run(
         [*command, "--fit.epochs", str(done + 1)], capture_output=True, text=True, env=os.environ
@@ -299,3 +301,66 @@ def test_the_help_names_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
     told = " ".join(capsys.readouterr().out.split())
     for home in (pv.priors, pv.likelihoods, pv.guides):
         assert set(recipe.parts_of(home)) <= set(told.replace(",", " ").replace(".", " ").split())
+
+
+def test_a_prolonged_fit_that_is_killed_is_no_finished_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert _run(capsys, "fit", "--out", out, *QUICK)[0] == 0
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_vae.svi.fit", killed)
+        assert _run(capsys, "fit", "--out", out, *QUICK, "--fit.epochs", "4")[0] == 130
+    code, _, error = _run(capsys, "evaluate", out)
+    assert code == 1 and "is not finished" in error
+    assert _run(capsys, "fit", "--out", out, *QUICK, "--fit.epochs", "4")[0] == 0
+    run = recipe.open_run(out)
+    again = pv.bounds(run.model, run.guide, run.data.validation, draws=200).elbo
+    assert again.mean().item() == pytest.approx(run.fitted.best.validation_elbo, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("hidden", 5, "tuple"), ("latent", "two", "int"), ("seed", "x", "int"),
+        ("network", None, "str"), ("prior", {"name": 3}, "str"), ("prior", {"options": {}}, "name"),
+        ("fit", {"epochs": "many"}, "int"), ("data", {"name": 5}, "str"), ("fit", [1], "keys"),
+        ("guide", {"name": "NormalGuide", "options": 3}, "dict"),
+        ("prior", {"name": "VampPrior", "options": {"components": "abc"}}, "1 or more"),
+        ("prior", ":X", "unknown prior"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_one_sentence(
+    key: str, value: Any, expected: str, finished: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = yaml.safe_load((finished / "config.yaml").read_text()) | {key: value}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    code, _, error = _run(capsys, "fit", "--config", path, "--out", tmp_path / "out")
+    assert code == 1 and expected in error and "Error" not in error
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_an_abbreviated_option_is_no_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = _run(capsys, "fit", "--conf", "absent.yaml", "--out", tmp_path / "out")
+    assert code == 2 and "--config" in error
+
+
+@pytest.mark.parametrize("home", [pv.priors, pv.likelihoods, pv.guides, pv.networks])
+def test_every_part_that_is_named_can_be_built(home: Any) -> None:
+    options: dict[str, dict[str, Any]] = {
+        "GaussianMixture": {"components": 3}, "VampPrior": {"components": 3},
+        "Normal": {"scale": 1.0}, "Categorical": {"levels": 2},
+    }  # fmt: skip
+    kind = home.__name__.rpartition(".")[2].removesuffix("s")
+    for name in recipe.parts_of(home):
+        part: Any = name if home is pv.networks else Part(name, options.get(name, {}))
+        built = recipe.build(Recipe(**{kind: part}))
+        assert built.model(None, size=3).shape == (3, 64)

@@ -130,6 +130,22 @@ def test_what_is_refined_does_not_depend_on_its_neighbours(family: str, digits: 
     assert (together - guide.posterior(x[:5]).log_prob(z)).abs().min() > 1e-4
 
 
+def test_refinement_in_many_dimensions_has_points_for_every_scale() -> None:
+    """With fewer points than dimensions a full covariance grows where no point looks."""
+    torch.manual_seed(0)
+    model = random_ppca(observed=30, latent_dim=20, noise=1.0)
+    x = model(None, size=4).detach()
+    kind = pv.guides.MultivariateNormalGuide
+    encoder = nn.Linear(30, kind.features(20))
+    nn.init.normal_(encoder.weight, std=1e-3)
+    nn.init.zeros_(encoder.bias)
+    found = [
+        (model.log_evidence(x) - pv.bounds(model, guide, (x,)).elbo).mean()
+        for guide in (RefinedGuide(kind(encoder), model, steps=steps) for steps in (50, 300))
+    ]
+    assert found[1] < found[0] and found[1] < 1.0, found
+
+
 def test_corruption_is_for_training_only(digits: Any) -> None:
     x = digits.train[0][:8]
     model, guide = digits_pair()

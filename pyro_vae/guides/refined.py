@@ -29,7 +29,8 @@ class RefinedGuide(PairModule):
         steps: of ascent.
         lr: η, in units of the features.
         draws: `z` for each gradient, the same points of randomised quasi-Monte Carlo at each
-            step and for each datum.
+            step and for each datum; at least `4 L` are taken, as a scale that no point sees would
+            grow without bound.
         seed: of these points.
 
     Warning:
@@ -88,7 +89,8 @@ class RefinedGuide(PairModule):
             for _ in range(self.steps):
                 with _SameNoise(self.seed):
                     q = self.guide.distribution(features)
-                    z = q.rsample(torch.Size([self.draws]))
+                    draws = max(self.draws, 4 * q.event_shape.numel())
+                    z = q.rsample(torch.Size([draws]))
                     loss = (q.log_prob(z) - target.of_latent(z)).mean(0).sum()
                 (features.grad,) = torch.autograd.grad(loss, [features])
                 optimizer.step()

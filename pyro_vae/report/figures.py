@@ -18,6 +18,7 @@ from pyro_vae.pair import (
     Batch,
     Guide,
     Model,
+    center,
     evaluating,
     log_densities,
     observation,
@@ -170,9 +171,10 @@ def latent_map(found: Codes, diagnosis: Diagnosis | None) -> Picture:
             axes.set_xlabel(names[pair[0]])
         left.set_ylabel(names[pair[1]])
     which = "" if posterior.shape[1] <= 2 else ", the two units that vary most"
+    by_class = ", coloured by class" if len(pair) == 2 and found.labels is not None else ""
     return picture(
         figure,
-        "Latent codes of training rows, coloured by class, and draws of the prior over them",
+        f"Latent codes of training rows{by_class}, and draws of the prior over them",
         f"A draw of q(z | x) for each of {len(posterior):,} training rows{which}; and the prior "
         "against this aggregate posterior. Where they part, samples are poor or codes are wasted.",
     )
@@ -193,8 +195,8 @@ def panel(verdict: Verdict, datum: int, shape: tuple[int, int] | None) -> Pictur
 
 def chains(model: Model, rows: Batch, draws: Draws) -> Picture:
     """Ranks, traces and energies of the row whose chains agree least."""
-    rhat = torch.cat([v.reshape(len(v), -1) for v in draws.rhat.values()], -1).nan_to_num(1e9)
-    datum, unit = divmod(int(rhat.argmax()), rhat.shape[1])
+    rhat = torch.cat([v.reshape(len(v), -1) for v in draws.rhat.values()], -1)
+    datum, unit = divmod(int(rhat.nan_to_num(torch.inf).argmax()), rhat.shape[1])
     count = next(iter(draws.sites.values())).shape[:2]
     flat = draws.flat.unflatten(0, count)[:, :, datum, unit]
     target = LogJoint(model, tuple(part[datum : datum + 1] for part in rows))
@@ -209,10 +211,11 @@ def chains(model: Model, rows: Batch, draws: Draws) -> Picture:
     traces.set_ylabel(name)
     plots.energy(energies, energy)
     worst = float(rhat[datum, unit])
+    told = f"R-hat {worst:.3f}" if worst == worst else "R-hat undefined, they never moved"
     return picture(
         figure,
-        f"Rank, trace and energy plots of row {datum}, {name}, R-hat {worst:.3f}",
-        f"The row whose chains agree least: row {datum}, {name}, R-hat {worst:.3f}. "
+        f"Rank, trace and energy plots of row {datum}, {name}, {told}",
+        f"The row whose chains agree least: row {datum}, {name}, {told}. "
         "Ranks are flat and traces overlap where chains agree. Energy is −log p(x, z): its change "
         "from draw to draw should be as wide as its law.",
     )
@@ -259,9 +262,7 @@ def _guide_means(model: Model, guide: Guide, rows: Batch) -> Latents:
 
 
 def _decoded(model: Model, latents: Latents, rows: Batch) -> Tensor:
-    """The mean of p(x | z), and the likeliest value where it has no mean."""
-    found = observation(model, latents, rows)
-    return found.mode if torch.isnan(found.mean).any() else found.mean
+    return center(observation(model, latents, rows))
 
 
 def _flat(latents: Latents) -> Tensor:

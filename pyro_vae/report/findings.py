@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from pyro_vae.svi import Run
 from pyro_vae.verdict import Calibration, Diagnosis, Verdict
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CAUSES = {
     "encoder off": (
@@ -26,10 +29,6 @@ CAUSES = {
     "not finite": (
         "densities are not finite",
         "Look at these rows, and at the scales of the likelihood.",
-    ),
-    "evidence uncertain": (
-        "log p(x) itself is uncertain",
-        "More particles: posterior.annealed(..., particles=1024).",
     ),
 }
 """Reasons that a verdict gives for a row, and what to do."""
@@ -55,45 +54,60 @@ class Finding(NamedTuple):
 def headline(verdict: Verdict) -> Finding:
     """Whether the guide can be trusted, in a sentence.
 
-    Trusted means that every limit of `Verdict.limits` holds for the row.
+    Trusted means that every limit of `Verdict.limits` holds for the row. Rows where the
+    reference itself is in doubt are not judged.
     """
-    count = len(verdict.table)
-    good = int((verdict.table["why"] == "").sum())
-    share = f"{good} of {count} rows"
+    doubt = _in_doubt(verdict)
+    judged = verdict.table[~doubt]
+    count, good = len(judged), int((judged["why"] == "").sum())
+    besides = f" {_rows(int(doubt.sum()))} cannot be judged." if doubt.any() else ""
+    share = f"it passes on {good} of {_rows(count)}.{besides}"
+    if count == 0:
+        return Finding("note", f"The guide cannot be judged: no reference to trust.{besides}")
     if good >= 0.9 * count:
-        return Finding("good", f"The guide can be trusted: it passes on {share}.")
+        return Finding("good", f"The guide can be trusted: {share}")
     if good >= 0.5 * count:
-        return Finding("note", f"The guide can be trusted in part: it passes on {share}.")
-    return Finding("bad", f"The guide cannot be trusted: it passes on {share}.")
+        return Finding("note", f"The guide can be trusted in part: {share}")
+    return Finding("bad", f"The guide cannot be trusted: {share}")
 
 
 def of_verdict(verdict: Verdict) -> list[Finding]:
     """Why rows are not trusted, the commonest reason first, and whether the chains are sound."""
-    table = verdict.table
-    reasons = Counter(reason for why in table["why"] for reason in why.split(", ") if reason)
+    table, doubt = verdict.table, _in_doubt(verdict)
+    judged = table[~doubt]
+    reasons = Counter(reason for why in judged["why"] for reason in why.split(", ") if reason)
     summary = verdict.summary().loc["guide"]
-    lost = f"The ELBO is {summary['kl']:.2f} nats a row below log p(x)"
+    error = float((table["kl_se"] ** 2).sum() ** 0.5 / len(table))
+    lost = f"The ELBO is {summary['kl']:.2f} ± {error:.2f} nats a row below log p(x)"
     if verdict.gaps is not None:
         lost += (
             f": the guide's family costs {summary['approximation']:.2f} of them and its encoder "
             f"{summary['amortization']:.2f}"
         )
     found = [Finding("note", f"{lost}. {verdict.rung[0].upper()}{verdict.rung[1:]}.")]
+    if doubt.any():
+        told = f"On {_rows(int(doubt.sum()))} the reference itself is in doubt."
+        found.append(Finding("note", told, "More draws and chains, or more particles."))
     if seen := [f"{reason} on {reasons[reason]}" for reason in SYMPTOMS if reasons[reason]]:
-        told = f"Of {_rows(len(table))} the guide errs: {', '.join(seen)}."
+        told = f"Of {_rows(len(judged))} the guide errs: {', '.join(seen)}."
         found.append(Finding("bad", told, "Report means and intervals of posterior.hmc there."))
     found += [
         Finding("bad", f"On {_rows(rows)} {CAUSES[reason][0]}.", CAUSES[reason][1])
         for reason, rows in reasons.most_common()
         if reason in CAUSES
     ]
-    doubt = int((table["mcmc_trouble"] != "").sum())
-    if doubt:
-        advice = "Their chains are flagged in the table; more draws or chains may settle them."
-        found.append(Finding("note", f"{_rows(doubt)}: chains that did not converge.", advice))
+    flagged = int((table["mcmc_trouble"] != "").sum())
+    if flagged:
+        advice = "They are flagged in the table; more draws or chains may settle them."
+        found.append(Finding("note", f"On {_rows(flagged)} the chains did not converge.", advice))
     else:
         found.append(Finding("good", "The chains beside the guide converged on every row."))
     return found
+
+
+def _in_doubt(verdict: Verdict) -> pd.Series[bool]:
+    """Rows whose reference is not to be trusted, so that the guide cannot be judged by it."""
+    return verdict.table["why"].str.contains("reference in doubt|evidence uncertain")
 
 
 def of_calibration(calibration: Calibration) -> list[Finding]:

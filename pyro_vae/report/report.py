@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pyro_vae import __version__
@@ -58,6 +59,7 @@ class Section(NamedTuple):
     pictures: tuple[Picture, ...] = ()
     cards: tuple[Picture, ...] = ()
     tables: tuple[str, ...] = ()
+    terms: Mapping[str, str] = MappingProxyType({})
     missing: str = ""
 
 
@@ -148,8 +150,11 @@ def page(
     """
     few = tuple(part[:64] for part in data.test)
     check_pair(model, guide, few)
-    if rows < 1 or pool < 2:
-        raise ValueError(f"a report wants rows >= 1 and pool >= 2; got {rows} and {pool}")
+    if rows < 1 or pool < 2 or replicates < 50:
+        raise ValueError(
+            "a report wants rows >= 1, pool >= 2 and replicates >= 50; "
+            f"got {rows}, {pool} and {replicates}"
+        )
     judged = tuple(part[:rows] for part in data.test)
     seen, labels = figures.pool(data, pool, seed)
     verdict, no_verdict = _tried(
@@ -192,7 +197,7 @@ def page(
     ]  # fmt: skip
     text = _template().render(
         title=title or f"A VAE of {data.name}",
-        headline=None if verdict is None else findings.headline(verdict),
+        headline=findings.headline(verdict) if verdict else Finding("note", "Not judged."),
         findings=list(_findings(verdict, calibration, diagnosis, run)),
         settings=_settings(data, run, settings or {}, seed) | _held_out(model, guide, data, seed),
         sections=sections,
@@ -243,11 +248,23 @@ def _of_verdict(verdict: Verdict, shape: tuple[int, int] | None) -> Section:
     cards = tuple(figures.panel(verdict, datum, shape) for datum in range(min(24, len(table))))
     lead = (
         "A test row a line. Errors of mean and sd are in units of the posterior's, those of MCMC "
-        "stand beside those of the guide. Choose a head to sort. In the panels below, blue is the "
-        "exact density where there is one, dots are draws of MCMC, and the red ellipses are the "
+        f"stand beside those of the guide. Choose a head to sort. {_legend(verdict)}"
+    )
+    heads = {h: told for n, (h, told) in HEADS.items() if n in verdict.table and h != told}
+    tables = (_html(table, sortable=True),)
+    return Section("verdict", "Verdict", lead, cards=cards, tables=tables, terms=heads)
+
+
+def _legend(verdict: Verdict) -> str:
+    size = verdict.bounds.draws.flat.shape[-1]
+    if size == 1:
+        return "In the panels, grey is the exact density, dark draws of MCMC, red the guide."
+    which = "" if size == 2 else " of the first two latents"
+    exact = "blue is the exact density, " if verdict.exact is not None and size == 2 else ""
+    return (
+        f"In the panels{which}, {exact}dots are draws of MCMC, and the red ellipses are the "
         "guide's 1 and 2 standard deviations."
     )
-    return Section("verdict", "Verdict", lead, cards=cards, tables=(_html(table, sortable=True),))
 
 
 def _settings(
@@ -271,26 +288,25 @@ def _held_out(model: Model, guide: Guide, data: Dataset, seed: int) -> dict[str,
     """ELBO and log-likelihood of up to 500 test rows."""
     found = bounds(model, guide, tuple(p[:500] for p in data.test), draws=1000, keep=0, seed=seed)
     count = len(found.elbo)
-    elbo, iwae = (f"{v.mean():.2f} ± {v.std() / count**0.5:.2f}" for v in (found.elbo, found.iwae))
+    error = (lambda v: f" ± {v.std() / count**0.5:.2f}") if count > 1 else (lambda v: "")
+    elbo, iwae = (f"{v.mean():.2f}{error(v)}" for v in (found.elbo, found.iwae))
     return {
         "held out": f"ELBO {elbo}, log p(x) by IWAE of 1,000 draws {iwae} nats a row "
-        f"({count} test rows, standard error over rows)"
+        f"({count} test row{'s, standard error over rows' if count > 1 else ''})"
     }
 
 
 def _html(table: pd.DataFrame, *, sortable: bool = False) -> str:
     """A table with its names escaped, numbers to two or three digits, nothing for a NaN."""
     numeric = set(table.select_dtypes("number").columns)
-    means = {head: told for head, told in HEADS.values()}
     heads = rows = ""
-    for name in (table.index.name or "", *table.columns):
+    for name in (table.index.name or "figure", *table.columns):
         kind = ' class="number"' if name in numeric else ""
         told = f'<button type="button">{_words(name)}</button>' if sortable else _words(name)
-        hint = html.escape(means.get(str(name), ""))
-        heads += f'<th scope="col"{kind} title="{hint}">{told}</th>'
+        heads += f'<th scope="col"{kind}>{told}</th>'
     for index, row in zip(table.index, table.to_dict("records"), strict=True):
         cells = "".join(
-            f'<td class="number" data-value="{value}">{_number(value)}</td>'
+            f'<td class="number" data-value="{_script(value)}">{_number(value)}</td>'
             if name in numeric
             else f"<td>{html.escape(str(value))}</td>"
             for name, value in row.items()
@@ -300,18 +316,24 @@ def _html(table: pd.DataFrame, *, sortable: bool = False) -> str:
     return f"<table{kind}><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
+def _script(value: float) -> str:
+    """A number as a script reads it."""
+    return str(value).replace("inf", "Infinity")
+
+
 def _words(name: object) -> str:
-    return html.escape(str(name).replace("_", " "))
+    plain = str(name)
+    return html.escape(plain.replace("_", " ") if plain.isidentifier() else plain)
 
 
 def _number(value: float) -> str:
     if value != value:
         return ""
-    if isinstance(value, int) or abs(value) >= 1000:
+    if isinstance(value, int) or abs(value) >= 999.995:
         return f"{value:,.0f}"
     if 0 < abs(value) < 5e-4:
         return "<0.001" if value > 0 else ">−0.001"
-    return f"{value:.3f}" if abs(value) < 0.1 else f"{value:.2f}"
+    return f"{value + 0.0:.3f}" if abs(value) < 0.0995 else f"{value:.2f}"
 
 
 def _template() -> Any:

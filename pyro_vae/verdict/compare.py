@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vae import posterior
 from pyro_vae.checks import check_pair
 from pyro_vae.log_joint import LogJoint
-from pyro_vae.pair import Batch, Guide, Model, evaluating, observation, preserved_rng
+from pyro_vae.pair import Batch, Guide, Model, center, evaluating, observation, preserved_rng
 from pyro_vae.posterior import Annealed, Draws, Quadrature
 from pyro_vae.tables import Tabular, by_datum
 from pyro_vae.verdict.bounds import Bounds, bounds
@@ -205,10 +205,10 @@ class Verdict(Tabular):
             size = (2.1 * len(data), 2.7 if image_shape is None else 3.7)
             figure = Figure(figsize=size, dpi=150, layout="constrained")
         rows = tuple(part[data] for part in self._batch)
-        center = {
+        latents = {
             name: value[0, :, data].mean(0) for name, value in self.bounds.draws.sites.items()
         }
-        means = observation(self._model, center, rows).mean
+        means = center(observation(self._model, latents, rows))
         titles = [f"KL {table['kl'][b]:.2f} nats" + _lines(table["why"][b]) for b in data]
         plots.comparison(
             figure, self.exact, self.bounds.draws, self.mcmc, data, titles,
