@@ -323,7 +323,7 @@ def _first_rows(bad: Tensor) -> str:
 
 
 def _remedy(distribution: Any, low: float, high: float) -> str:
-    if _name(distribution) != "Bernoulli":
+    if _name(distribution) in ("Poisson", "NegativeBinomial", "Categorical"):
         return "a likelihood for such values, such as pv.likelihoods.Normal(scale), or x.round()"
     if low >= 0 and 1 < high <= 255:
         return "x / 255 for pixels of 8 bits, then binarise"

@@ -56,8 +56,8 @@ def by_datum(columns: Mapping[str, Tensor]) -> pd.DataFrame:
 
 
 def _as_text(table: pd.DataFrame) -> str:
-    return table.to_string(float_format="{:.3f}".format, na_rep="", max_rows=ROWS, line_width=120)
+    return table.to_string(float_format="{:.3f}".format, na_rep="–", max_rows=ROWS, line_width=120)
 
 
 def _as_html(table: pd.DataFrame) -> str:
-    return table.to_html(float_format="{:.3f}".format, na_rep="", max_rows=ROWS, border=0)
+    return table.to_html(float_format="{:.3f}".format, na_rep="–", max_rows=ROWS, border=0)
