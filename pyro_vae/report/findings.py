@@ -78,7 +78,7 @@ def of_verdict(verdict: Verdict) -> list[Finding]:
     reasons = Counter(reason for why in judged["why"] for reason in why.split(", ") if reason)
     summary = verdict.summary().loc["guide"]
     error = float((table["kl_se"] ** 2).sum() ** 0.5 / len(table))
-    lost = f"The ELBO is {summary['kl']:.2f} ± {error:.2f} nats a row below log p(x)"
+    lost = f"The ELBO is {summary['kl']:.2f} ± {error:.1g} nats a row below log p(x)"
     if verdict.gaps is not None:
         lost += (
             f": the guide's family costs {summary['approximation']:.2f} of them and its encoder "
