@@ -31,7 +31,7 @@ import pyro_vae as pv
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/papers/small_latents.json"
-COST = "20 minutes a prior and seed on 2 cores"
+COST = "not measured yet; hours for all priors and seeds on 2 cores"
 HIDDEN, COMPONENTS = (200, 200), 50
 PRIORS: dict[str, Callable[[Any, Tensor], Any]] = {
     "standard": lambda guide, x: pv.priors.StandardNormal(2),

@@ -7,8 +7,8 @@ ELBO end it, AdamNormGrad at 5e-4, K = 500 pseudo-inputs started at random.
 
 A row is a fit that can be stopped and goes on; its figures are written when it is evaluated:
 
-    python benchmarks/papers/static_mnist.py fit standard            # hours on 2 cores
-    python benchmarks/papers/static_mnist.py evaluate standard       # minutes
+    python benchmarks/papers/static_mnist.py fit standard            # hours
+    python benchmarks/papers/static_mnist.py evaluate standard
     python benchmarks/papers/static_mnist.py                         # the table
 
 References: −85.57 for the VampPrior (as pythae quotes it; its own run reached −85.79), −88.56 for
@@ -33,7 +33,7 @@ from pyro_vae.svi import objectives
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/papers/static_mnist.json"
-COST = "half a day a row on 2 cores"
+COST = "not measured yet; many hours a row on 2 cores"
 LATENT, HIDDEN, COMPONENTS = 40, (300, 300), 500
 
 
