@@ -24,14 +24,14 @@ pytestmark = [
 
 
 def _recipe(name: str, monkeypatch: pytest.MonkeyPatch, results: Path) -> Any:
-    """A recipe as a module, on 200 images, writing elsewhere."""
+    """A recipe as a module, on 60 images, writing elsewhere."""
     spec = importlib.util.spec_from_file_location(name, PAPERS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, recipe)
     spec.loader.exec_module(recipe)
     data = pv.data.load("binarized_mnist")
-    few: Any = {n: (getattr(data, n)[0][:200],) for n in ("train", "validation", "test")}
+    few: Any = {n: (getattr(data, n)[0][:60],) for n in ("train", "validation", "test")}
     monkeypatch.setattr("pyro_vae.data.load", lambda name: replace(data, labels={}, **few))
     monkeypatch.setattr(recipe, "RESULTS", results)
     return recipe
@@ -41,7 +41,7 @@ def test_small_latents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = _recipe("small_latents", monkeypatch, tmp_path / "r.json")
-    recipe.run("vamp", 0, 12, 1, tmp_path / "runs")
+    recipe.run("vamp", 0, 4, 1, tmp_path / "runs")
     (record,) = json.loads((tmp_path / "r.json").read_text())
     assert set(record["guides"]) == {"mean-field", "full covariance", "flow", "local", "refined"}
     for found in record["guides"].values():
