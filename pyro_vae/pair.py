@@ -15,6 +15,7 @@ as one of ours. Shapes: `B` data in the batch, `S` draws, `L` latent, `D` observ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -247,6 +248,34 @@ def all_sites(trace: poutine.Trace) -> list[Any]:
         for site in trace.nodes.values()
         if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
     ]
+
+
+def side_by_side(sites: Mapping[str, Tensor], leading: int) -> Tensor:
+    """All scalars of all sites in one last dimension.
+
+    Args:
+        sites: figures of each site, `(*lead, *event)`.
+        leading: how many dimensions come before an event.
+
+    Example:
+        >>> side_by_side({"z": torch.zeros(5, 2), "scale": torch.ones(5)}, 1).shape
+        torch.Size([5, 3])
+    """
+    return torch.cat([v.reshape(*v.shape[:leading], -1) for v in sites.values()], -1)
+
+
+def unit_names(sites: Mapping[str, Tensor], leading: int) -> tuple[str, ...]:
+    """The names of these scalars, in the order of `side_by_side`.
+
+    Example:
+        >>> unit_names({"z": torch.zeros(5, 2), "scale": torch.ones(5)}, 1)
+        ('z[0]', 'z[1]', 'scale')
+    """
+    return tuple(
+        f"{name}[{unit}]" if value.dim() > leading else name
+        for name, value in sites.items()
+        for unit in range(math.prod(value.shape[leading:]))
+    )
 
 
 def plate_size(x: Tensor | None, size: int | None) -> int:

@@ -319,8 +319,8 @@ def comparison(
             for offset, (x, name) in enumerate(
                 zip(pictures[column], ("data", "reconstruction"), strict=True)
             ):
-                place_of = figure.add_subplot(grid[0, 2 * column + offset])
-                image(place_of, x, shape, name, limits=limits)
+                above = figure.add_subplot(grid[0, 2 * column + offset])
+                image(above, x, shape, name, limits=limits)
         panel = figure.add_subplot(grid[-1, place])
         posterior(panel, exact, datum, guide=guide, mcmc=mcmc)
         title, _, below = titles[column].partition("\n")

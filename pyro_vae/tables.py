@@ -55,6 +55,18 @@ def by_datum(columns: Mapping[str, Tensor]) -> pd.DataFrame:
     return table
 
 
+def mean_with_error(values: Tensor) -> str:
+    """The mean of figures, with its standard error if there are two or more.
+
+    Example:
+        >>> import torch
+        >>> mean_with_error(torch.tensor([1.0, 3.0])), mean_with_error(torch.tensor([1.0]))
+        ('2.00 ± 1.00', '1.00')
+    """
+    error = f" ± {values.std() / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{values.mean():.2f}{error}"
+
+
 def _as_text(table: pd.DataFrame) -> str:
     return table.to_string(float_format="{:.3f}".format, na_rep="–", max_rows=ROWS, line_width=120)
 

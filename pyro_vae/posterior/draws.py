@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_vae.pair import side_by_side, unit_names
 from pyro_vae.posterior import convergence
 from pyro_vae.tables import Tabular
 
@@ -66,8 +66,7 @@ class Draws(Tabular):
     @property
     def flat(self) -> Tensor:
         """All chains and sites together: `(C S, B, L)`."""
-        parts = [value.flatten(0, 1) for value in self.sites.values()]
-        return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], dim=-1)
+        return side_by_side(self.sites, 3).flatten(0, 1)
 
     @property
     def mean(self) -> Tensor:
@@ -84,21 +83,11 @@ class Draws(Tabular):
         """A row a scalar of a datum, as ArviZ summarises: moments, errors, convergence."""
         import pandas as pd
 
-        names = [
-            f"{name}[{i}]" if value.dim() > 3 else name
-            for name, value in self.sites.items()
-            for i in range(math.prod(value.shape[3:]))
-        ]
-        figures = {
-            "mcse": self.mcse,
-            "rhat": self.rhat,
-            "ess": self.ess,
-            "ess_tail": self.ess_tail,
-        }
         columns = {"mean": self.mean, "sd": self.sd} | {
-            name: torch.cat([v.reshape(len(v), -1) for v in value.values()], -1)
-            for name, value in figures.items()
+            figure: side_by_side(getattr(self, figure), 1)
+            for figure in ("mcse", "rhat", "ess", "ess_tail")
         }
+        names = unit_names(self.sites, 3)
         index = pd.MultiIndex.from_product(
             [range(len(self.mean)), names], names=["datum", "latent"]
         )
@@ -196,8 +185,7 @@ class Draws(Tabular):
         return arviz.from_dict(**groups, dims=dims, attrs=attributes)
 
     def _by_site(self, figure: Callable[[Tensor], Tensor]) -> Tensor:
-        parts = [figure(value) for value in self.sites.values()]
-        return torch.cat([part.reshape(len(part), -1) for part in parts], dim=-1)
+        return side_by_side({name: figure(value) for name, value in self.sites.items()}, 1)
 
     def _dims(self, site: str) -> list[str]:
         event = self.sites[site].dim() - 3
@@ -211,6 +199,4 @@ class Draws(Tabular):
 
 def _worst(figures: Mapping[str, Tensor], extreme: Callable[..., Tensor]) -> Tensor:
     """The largest or smallest over all scalars of each datum, `(B,)`; NaN is the worst."""
-    return extreme(
-        torch.cat([part.reshape(len(part), -1) for part in figures.values()], -1), dim=-1
-    )
+    return extreme(side_by_side(figures, 1), dim=-1)

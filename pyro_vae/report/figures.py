@@ -23,7 +23,9 @@ from pyro_vae.pair import (
     log_densities,
     observation,
     preserved_rng,
+    side_by_side,
     simulate,
+    unit_names,
 )
 from pyro_vae.posterior import Draws
 from pyro_vae.svi import Run
@@ -49,6 +51,17 @@ def picture(figure: Figure, alt: str, caption: str) -> Picture:
     figure.savefig(buffer, format="webp", dpi=160, transparent=True, pil_kwargs={"lossless": True})
     source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Picture(source, alt, caption, round(96 * figure.get_figwidth()))
+
+
+def pool(data: Dataset, rows: int, seed: int) -> tuple[Batch, Tensor | None]:
+    """Training rows as the guide sees them, at most so many, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(len(data.train[0]), generator=generator)[:rows]
+    x, *rest = (part[index] for part in data.train)
+    with preserved_rng(seed):
+        x = x if data.per_batch is None else data.per_batch(x)
+    labels = data.labels.get("train")
+    return (x, *rest), None if labels is None else labels[index]
 
 
 class Codes(NamedTuple):
@@ -130,10 +143,15 @@ def traversals(
     """Means of p(x | z) as one unit moves over the range that the data use."""
     units = diagnosis.units.variance.value.argsort(descending=True)[:6].tolist()
     steps = 11
-    base, pool = _flat(_guide_means(model, guide, tuple(p[:1] for p in rows))), found.posterior
+    base, pool = (
+        side_by_side(_guide_means(model, guide, tuple(p[:1] for p in rows)), 1),
+        found.posterior,
+    )
     z = base.repeat(len(units) * steps, 1)
     spread = (
-        _flat(pool).double().quantile(torch.linspace(0.01, 0.99, steps, dtype=torch.float64), 0)
+        side_by_side(pool, 1)
+        .double()
+        .quantile(torch.linspace(0.01, 0.99, steps, dtype=torch.float64), 0)
     )
     for row, unit in enumerate(units):
         z[row * steps : (row + 1) * steps, unit] = spread[:, unit].to(z)
@@ -152,8 +170,8 @@ def traversals(
 
 def latent_map(found: Codes, diagnosis: Diagnosis | None) -> Picture:
     """The aggregate posterior by class, and beside it the prior."""
-    posterior, prior = _flat(found.posterior), _flat(found.prior)
-    names = _unit_names(found.posterior)
+    posterior, prior = side_by_side(found.posterior, 1), side_by_side(found.prior, 1)
+    names = unit_names(found.posterior, 1)
     if diagnosis is None:
         pair = list(range(posterior.shape[1]))[:2]
     else:
@@ -195,7 +213,7 @@ def panel(verdict: Verdict, datum: int, shape: tuple[int, int] | None) -> Pictur
 
 def chains(model: Model, rows: Batch, draws: Draws) -> Picture:
     """Ranks, traces and energies of the row whose chains agree least."""
-    rhat = torch.cat([v.reshape(len(v), -1) for v in draws.rhat.values()], -1)
+    rhat = side_by_side(draws.rhat, 1)
     datum, unit = divmod(int(rhat.nan_to_num(torch.inf).argmax()), rhat.shape[1])
     count = next(iter(draws.sites.values())).shape[:2]
     flat = draws.flat.unflatten(0, count)[:, :, datum, unit]
@@ -205,7 +223,7 @@ def chains(model: Model, rows: Batch, draws: Draws) -> Picture:
         energy = -target(target.unconstrain(z)).reshape(count)
     figure = Figure(figsize=(9, 2.9), layout="constrained")
     ranks, traces, energies = figure.subplots(1, 3)
-    name = _unit_names({n: v[0, 0] for n, v in draws.sites.items()})[unit]
+    name = unit_names(draws.sites, 3)[unit]
     plots.ranks(ranks, flat)
     plots.traces(traces, flat)
     traces.set_ylabel(name)
@@ -265,32 +283,10 @@ def _decoded(model: Model, latents: Latents, rows: Batch) -> Tensor:
     return center(observation(model, latents, rows))
 
 
-def _flat(latents: Latents) -> Tensor:
-    """All scalars of all sites, `(B, L)`."""
-    return torch.cat([value.reshape(len(value), -1) for value in latents.values()], -1)
-
-
 def _by_site(flat: Tensor, like: Latents) -> Latents:
-    """`_flat` undone."""
+    """`side_by_side` undone."""
     parts = flat.split([value[0].numel() for value in like.values()], -1)
     return {
         name: part.reshape(len(flat), *value.shape[1:])
         for (name, value), part in zip(like.items(), parts, strict=True)
     }
-
-
-def _unit_names(latents: Latents) -> list[str]:
-    return [
-        f"{name}[{unit}]" for name, value in latents.items() for unit in range(value[0].numel())
-    ]
-
-
-def pool(data: Dataset, rows: int, seed: int) -> tuple[Batch, Tensor | None]:
-    """Training rows as the guide sees them, at most so many, and their labels."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randperm(len(data.train[0]), generator=generator)[:rows]
-    x, *rest = (part[index] for part in data.train)
-    with preserved_rng(seed):
-        x = x if data.per_batch is None else data.per_batch(x)
-    labels = data.labels.get("train")
-    return (x, *rest), None if labels is None else labels[index]

@@ -21,33 +21,14 @@ from pyro_vae.report import figures, findings
 from pyro_vae.report.figures import Picture
 from pyro_vae.report.findings import Finding
 from pyro_vae.svi import Run
+from pyro_vae.tables import mean_with_error
 from pyro_vae.verdict import Calibration, Diagnosis, Verdict, bounds, calibrate, compare, diagnose
+from pyro_vae.verdict.heads import HEADS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
-
-HEADS = {
-    "log_evidence": ("log p(x)", "nats"),
-    "log_evidence_se": ("error", "of log p(x), nats"),
-    "elbo": ("ELBO", "nats"),
-    "kl": ("KL", "KL(q‖p(z|x)) = log p(x) − ELBO, nats"),
-    "kl_se": ("±", "standard error of KL, nats"),
-    "approximation": ("family", "what the guide's family costs, nats"),
-    "amortization": ("encoder", "what its encoder costs, nats"),
-    "khat": ("k-hat", "Pareto index of the importance weights; above 0.7 their tail is too heavy"),
-    "guide_mean_error": ("guide mean", "error in posterior sd, worst coordinate"),
-    "guide_sd_error": ("guide sd", "relative error, worst coordinate"),
-    "mcmc_mean_error": ("MCMC mean", "error in posterior sd, worst coordinate"),
-    "mcmc_sd_error": ("MCMC sd", "relative error, worst coordinate"),
-    "mcmc_mcse": ("± MCSE", "standard error that the chains admit to, posterior sd"),
-    "rhat": ("R-hat", "of the chains; at most 1.01"),
-    "ess": ("ESS", "effective draws of the chains"),
-    "why": ("why not", "empty where the guide is trusted"),
-    "mcmc_trouble": ("chains", "what is wrong with them"),
-}
-"""Heads of the verdict's table, and what they mean."""
 
 
 class Section(NamedTuple):
@@ -171,30 +152,15 @@ def page(
         sections.append(_generates(model, guide, few, shape, codes, diagnosis, seed))
     sections += [
         Section("latent", "Latent space", pictures=(figures.latent_map(codes, diagnosis),)),
-        Section("verdict", "Verdict", missing=no_verdict)
-        if verdict is None
-        else _of_verdict(verdict, data.image_shape),
+        _of_verdict(verdict, no_verdict, data.image_shape),
     ]
     if verdict is not None:
         pictures = (figures.chains(model, judged, verdict.mcmc),)
         sections.append(Section("chains", "Chains", pictures=pictures))
     sections += [
-        Section("calibration", "Calibration", missing=no_calibration)
-        if calibration is None
-        else Section(
-            "calibration", "Calibration",
-            pictures=(figures.calibration(calibration),), tables=(_html(calibration.summary()),),
-        ),
-        Section("collapse", "Collapse and holes", missing=no_diagnosis)
-        if diagnosis is None
-        else Section(
-            "collapse", "Collapse and holes",
-            "Nats per row over the training rows of the aggregate posterior; "
-            "rate = mutual information + KL of the aggregate posterior from the prior.",
-            pictures=(figures.units(diagnosis),),
-            tables=(_html(diagnosis.summary()),),
-        ),
-    ]  # fmt: skip
+        _of_calibration(calibration, no_calibration),
+        _of_diagnosis(diagnosis, no_diagnosis),
+    ]
     text = _template().render(
         title=title or f"A VAE of {data.name}",
         headline=findings.headline(verdict) if verdict else Finding("note", "Not judged."),
@@ -242,7 +208,9 @@ def _generates(
     return Section("generates", "What it generates", pictures=tuple(pictures))
 
 
-def _of_verdict(verdict: Verdict, shape: tuple[int, int] | None) -> Section:
+def _of_verdict(verdict: Verdict | None, missing: str, shape: tuple[int, int] | None) -> Section:
+    if verdict is None:
+        return Section("verdict", "Verdict", missing=missing)
     columns = ["why", *verdict.table.columns.drop("why")]
     table = verdict.table[columns].rename(columns={n: head for n, (head, _) in HEADS.items()})
     cards = tuple(figures.panel(verdict, datum, shape) for datum in range(min(24, len(table))))
@@ -253,6 +221,24 @@ def _of_verdict(verdict: Verdict, shape: tuple[int, int] | None) -> Section:
     heads = {h: told for n, (h, told) in HEADS.items() if n in verdict.table and h != told}
     tables = (_html(table, sortable=True),)
     return Section("verdict", "Verdict", lead, cards=cards, tables=tables, terms=heads)
+
+
+def _of_calibration(found: Calibration | None, missing: str) -> Section:
+    if found is None:
+        return Section("calibration", "Calibration", missing=missing)
+    picture, table = figures.calibration(found), _html(found.summary())
+    return Section("calibration", "Calibration", pictures=(picture,), tables=(table,))
+
+
+def _of_diagnosis(found: Diagnosis | None, missing: str) -> Section:
+    if found is None:
+        return Section("collapse", "Collapse and holes", missing=missing)
+    lead = (
+        "Nats per row over the training rows of the aggregate posterior; rate = mutual "
+        "information + KL of the aggregate posterior from the prior."
+    )
+    picture, table = figures.units(found), _html(found.summary())
+    return Section("collapse", "Collapse and holes", lead, pictures=(picture,), tables=(table,))
 
 
 def _legend(verdict: Verdict) -> str:
@@ -287,12 +273,10 @@ def _settings(
 def _held_out(model: Model, guide: Guide, data: Dataset, seed: int) -> dict[str, str]:
     """ELBO and log-likelihood of up to 500 test rows."""
     found = bounds(model, guide, tuple(p[:500] for p in data.test), draws=1000, keep=0, seed=seed)
-    count = len(found.elbo)
-    error = (lambda v: f" ± {v.std() / count**0.5:.2f}") if count > 1 else (lambda v: "")
-    elbo, iwae = (f"{v.mean():.2f}{error(v)}" for v in (found.elbo, found.iwae))
+    rows = len(found.elbo)
     return {
-        "held out": f"ELBO {elbo}, log p(x) by IWAE of 1,000 draws {iwae} nats a row "
-        f"({count} test row{'s, standard error over rows' if count > 1 else ''})"
+        "held out": f"ELBO {mean_with_error(found.elbo)}, log p(x) by IWAE of 1,000 draws "
+        f"{mean_with_error(found.iwae)} nats a row ({rows} test rows, error over rows)"
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,37 +15,27 @@ from torch import Tensor
 from pyro_vae import posterior
 from pyro_vae.checks import check_pair
 from pyro_vae.log_joint import LogJoint
-from pyro_vae.pair import Batch, Guide, Model, center, evaluating, observation, preserved_rng
+from pyro_vae.pair import (
+    Batch,
+    Guide,
+    Model,
+    center,
+    evaluating,
+    observation,
+    preserved_rng,
+    side_by_side,
+)
 from pyro_vae.posterior import Annealed, Draws, Quadrature
 from pyro_vae.tables import Tabular, by_datum
 from pyro_vae.verdict.bounds import Bounds, bounds
 from pyro_vae.verdict.distances import distances
 from pyro_vae.verdict.family import family_of
 from pyro_vae.verdict.gaps import SWEEPS, Gaps, gaps
+from pyro_vae.verdict.heads import HEADS
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure, SubFigure
-
-
-SHORT = {
-    "log_evidence": "log p(x)",
-    "log_evidence_se": "error",
-    "elbo": "ELBO",
-    "kl": "KL",
-    "kl_se": "±",
-    "approximation": "family",
-    "amortization": "encoder",
-    "khat": "k-hat",
-    "guide_mean_error": "guide mean",
-    "guide_sd_error": "guide sd",
-    "mcmc_mean_error": "MCMC mean",
-    "mcmc_sd_error": "MCMC sd",
-    "mcmc_mcse": "±MCSE",
-    "rhat": "R-hat",
-    "ess": "ESS",
-}
-"""Column heads of the printed table; errors are in posterior sd."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +113,9 @@ class Verdict(Tabular):
             "guide_sd_error": guide_sd,
             "mcmc_mean_error": mcmc_mean,
             "mcmc_sd_error": mcmc_sd,
-            "mcmc_mcse": (_stacked(self.mcmc.mcse) / self._reference()[1]).amax(-1),
-            "rhat": _stacked(self.mcmc.rhat).amax(-1),
-            "ess": _stacked(self.mcmc.ess).amin(-1),
+            "mcmc_mcse": (side_by_side(self.mcmc.mcse, 1) / self._reference()[1]).amax(-1),
+            "rhat": side_by_side(self.mcmc.rhat, 1).amax(-1),
+            "ess": side_by_side(self.mcmc.ess, 1).amin(-1),
         }
         table = by_datum(columns)
         rows = zip(table.to_dict("records"), self.mcmc.trouble, strict=True)
@@ -143,8 +133,7 @@ class Verdict(Tabular):
         The columns of `pyro_vae.verdict.distances.distances`: `_zero` is the same figure for
         one half of the chains against the other.
         """
-        chains = torch.cat([v.flatten(3) if v.dim() > 3 else v.unsqueeze(-1)
-                            for v in self.mcmc.sites.values()], -1)  # fmt: skip
+        chains = side_by_side(self.mcmc.sites, 3)
         points = min(200, len(self.bounds.draws.flat), chains.shape[1])
         found = distances(self.bounds.draws.flat, chains, points=points)
         return by_datum(found)
@@ -238,7 +227,9 @@ class Verdict(Tabular):
             (folder / "exact.nc").unlink(missing_ok=True)  # of an earlier verdict
 
     def _told(self) -> Sequence[str | pd.DataFrame]:
-        table = self.table.drop(columns="mcmc_trouble").rename(columns=SHORT)
+        table = self.table.drop(columns="mcmc_trouble").rename(
+            columns={name: head for name, (head, _) in HEADS.items()}
+        )
         return [table.round(2), f"{self.rung}; pooled:", self.summary()]
 
     def _evidence(self) -> tuple[Tensor, Tensor]:
@@ -392,11 +383,6 @@ def _lines(why: str) -> str:
     reasons = why.split(", ") if why else ["trusted"]
     pairs = [", ".join(reasons[i : i + 2]) for i in range(0, len(reasons), 2)]
     return "\n" + "\n".join(pairs)
-
-
-def _stacked(figures: Mapping[str, Tensor]) -> Tensor:
-    """Figures of all scalars, `(B, L)`."""
-    return torch.cat([value.reshape(len(value), -1) for value in figures.values()], -1)
 
 
 def _rms(errors: pd.Series[float]) -> float:

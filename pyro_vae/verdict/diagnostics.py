@@ -23,7 +23,9 @@ from pyro_vae.pair import (
     observation,
     observed_sites,
     preserved_rng,
+    side_by_side,
     trace_pair,
+    unit_names,
     with_draws,
 )
 from pyro_vae.verdict.diagnosis import Diagnosis, Estimate, Holes, Surgery, Units
@@ -128,14 +130,14 @@ def diagnose(
         elbo=_over_rows(-rate - distortion),
         surgery=_surgery(log_guide, log_prior, log_aggregate, shared),
         units=Units(
-            names=_names(z),
+            names=unit_names(z, 2),
             variance=_variance_of_means(log["means"]),
             kl=_over_rows(kl[..., 1:]) if columns > 1 else None,
             marginal_kl=_over_rows(marginal[..., 1:]) if shared and columns > 1 else None,
-            mean=_over_rows(_stack(z)),
-            sd=_sd(_stack(z)),
-            prior_mean=_over_rows(_stack(prior_z)),
-            prior_sd=_sd(_stack(prior_z)),
+            mean=_over_rows(side_by_side(z, 2)),
+            sd=_sd(side_by_side(z, 2)),
+            prior_mean=_over_rows(side_by_side(prior_z, 2)),
+            prior_sd=_sd(side_by_side(prior_z, 2)),
             threshold=active,
         ),
         holes=Holes(None if ratio is None else _share(~(ratio >= -thin)), jumps),
@@ -158,7 +160,7 @@ def _from_guide(
             "likelihood": log_prob_of(observed_sites(model_trace), shape),
             "prior": _columns(latent_sites(model_trace), shape),
             "guide": _columns(sites, shape),
-            "means": _stack({n: z[n] if mean is None else mean for n, mean in means.items()}),
+            "means": side_by_side({n: z[n] if m is None else m for n, m in means.items()}, 2),
         })  # fmt: skip
     return _join(latents), _join(figures)
 
@@ -257,7 +259,7 @@ def _jumps(model: Model, z: dict[str, Tensor], batch: Batch, chunk: int) -> Tens
         if (mean := _mean(line)) is None:
             return None
         step = mean.double().diff(dim=0).reshape(STEPS, len(rows), -1).norm(dim=-1)
-        speeds.append(step * STEPS / _stack(ends).diff(dim=0).norm(dim=-1))
+        speeds.append(step * STEPS / side_by_side(ends, 2).diff(dim=0).norm(dim=-1))
     speed = torch.cat(speeds, dim=1).cpu()
     fastest = speed.max(0).values
     return torch.where(fastest == 0, 0.0, fastest / speed.median())
@@ -315,19 +317,6 @@ def _mean(distribution: Any) -> Tensor | None:
     except NotImplementedError:
         return None
     return None if mean.isnan().all() else mean
-
-
-def _names(z: dict[str, Tensor]) -> tuple[str, ...]:
-    return tuple(
-        f"{name}[{i}]" if value.dim() > 2 else name
-        for name, value in z.items()
-        for i in range(math.prod(value.shape[2:]))
-    )
-
-
-def _stack(z: dict[str, Tensor]) -> Tensor:
-    """All sites side by side, `(S, N, L)`."""
-    return torch.cat([value.reshape(*value.shape[:2], -1) for value in z.values()], dim=-1)
 
 
 def _join(pieces: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
