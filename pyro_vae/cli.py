@@ -31,13 +31,11 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command: 0 if done, 1 for bad input, 2 for a bad option, 130 for Ctrl-C."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside another busy process: 9 times
+    if arguments is None:
+        _settle_process()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows no ±
     folder = None
     try:
         parser = _parser(given)
@@ -70,6 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\npyro-vae: interrupted; {_kept(folder)}", file=sys.stderr)
         return 130
     return 0
+
+
+def _settle_process() -> None:
+    """What holds for a process that is nothing but this command."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no ±
 
 
 def _parser(given: Sequence[str]) -> ArgumentParser:
@@ -158,31 +164,24 @@ def _demo(options: Namespace) -> str:
 
 
 def _fit(options: Namespace) -> str:
-    from pyro_vae.recipe import begin_run, build, recipe_of, refuse_another, writable_folder
-    from pyro_vae.svi import fit, save_weights
+    from pyro_vae.recipe import carry_out, recipe_of
 
-    recipe = recipe_of(options)
-    folder = writable_folder(options.out)
-    refuse_another(folder, recipe)
-    rows, model, guide = build(recipe, allow=options.allow)
-    begin_run(folder, recipe)
-    run = fit(
-        model, guide, rows, **recipe.fit.options(), seed=recipe.seed, folder=folder,
-        progress=not options.quiet,
-    )  # fmt: skip
-    run.history.to_csv(folder / "history.csv", float_format="%.6g")
-    save_weights(folder, model, guide)
-    print(run)
-    return f"{folder}: {_names(folder)}"
+    run = carry_out(
+        recipe_of(options), options.out, allow=options.allow, progress=not options.quiet
+    )
+    print(run.fitted)
+    return f"{run.folder}: {_names(run.folder)}"
 
 
 def _evaluate(options: Namespace) -> str:
     from pyro_vae.recipe import open_run
+    from pyro_vae.tables import mean_with_error
     from pyro_vae.verdict import bounds
 
     run = open_run(options.run, allow=options.allow)
     batch, folder = _test_rows(run, options.rows), _results(options)
-    table = bounds(run.model, run.guide, batch, draws=options.draws, seed=options.seed).table
+    found = bounds(run.model, run.guide, batch, draws=options.draws, seed=options.seed)
+    table = found.table
     table.to_csv(folder / "evaluation.csv", index_label="row", float_format="%.6g")
     count = len(table)
     summary = {
@@ -200,17 +199,12 @@ def _evaluate(options: Namespace) -> str:
     print(
         f"{count} test row{'s' * (count > 1)}, {options.draws} draws each, nats a row "
         "(standard error over rows)\n"
-        f"  ELBO              {_with_error(table.elbo)}\n"
-        f"  log p(x), IWAE    {_with_error(table.iwae)}\n"
-        f"  k-hat above 0.7   {summary['khat_above_0.7']:9.1%}   there the estimate is too low\n"
-        f"  ESS, median       {summary['median_ess']:9.0f}"
+        f"  ELBO              {mean_with_error(found.elbo):>16}\n"
+        f"  log p(x), IWAE    {mean_with_error(found.iwae):>16}\n"
+        f"  k-hat above 0.7   {summary['khat_above_0.7']:16.1%}   there the estimate is too low\n"
+        f"  ESS, median       {summary['median_ess']:16.0f}"
     )
     return f"{folder}: evaluation.csv, evaluation.json"
-
-
-def _with_error(column: Any) -> str:
-    error = f" ± {column.sem():.2f}" if len(column) > 1 else ""
-    return f"{column.mean():9.2f}{error}"
 
 
 def _compare(options: Namespace) -> str:

@@ -195,9 +195,8 @@ def test_bad_configurations_and_folders(
     bad.write_text(yaml.safe_dump(plain))
     code, _, errors = _run(capsys, "evaluate", str(tmp_path))
     assert code == 1 and "is not finished" in errors
-    for name in ("model", "guide"):
-        target = tmp_path / f"{name}.safetensors"
-        target.write_bytes((finished / target.name).read_bytes())
+    for name in ("model.safetensors", "guide.safetensors", "finished.json", "log.jsonl"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
     bad.write_text(yaml.safe_dump(plain | {"hidden": [4]}))
     code, _, errors = _run(capsys, "evaluate", str(tmp_path))
     assert code == 1 and "are not those of its config.yaml" in errors
@@ -306,21 +305,39 @@ def test_the_help_names_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_prolonged_fit_that_is_killed_is_no_finished_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The log moves on while the weights stay behind."""
     out = tmp_path / "run"
+    longer = ["fit", "--out", str(out), *QUICK, "--fit.epochs", "4"]
     assert _run(capsys, "fit", "--out", out, *QUICK)[0] == 0
 
-    def killed(*_: Any, **__: Any) -> None:
+    def killed(*given: Any, **options: Any) -> None:
+        pv.fit(*given, **options | {"epochs": 3})
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pyro_vae.svi.fit", killed)
-        assert _run(capsys, "fit", "--out", out, *QUICK, "--fit.epochs", "4")[0] == 130
+        patch.setattr("pyro_vae.recipe.run.fit", killed)
+        assert _run(capsys, *longer)[0] == 130
     code, _, error = _run(capsys, "evaluate", out)
     assert code == 1 and "is not finished" in error
-    assert _run(capsys, "fit", "--out", out, *QUICK, "--fit.epochs", "4")[0] == 0
+    assert _run(capsys, *longer)[0] == 0
     run = recipe.open_run(out)
     again = pv.bounds(run.model, run.guide, run.data.validation, draws=200).elbo
     assert again.mean().item() == pytest.approx(run.fitted.best.validation_elbo, abs=0.3)
+    assert len(run.fitted.epochs) == 4 and not run.fitted.stopped_early
+
+
+def test_what_a_fit_refuses_leaves_a_finished_run_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert _run(capsys, "fit", "--out", out, *QUICK)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, error = _run(capsys, "fit", "--out", out, *QUICK, "--fit.epochs", "0")
+    assert code == 1 and "epochs must be" in error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert _run(capsys, "evaluate", out, "--draws", "30")[0] == 0
+    assert _run(capsys, "fit", "--out", tmp_path / "new", *QUICK, "--fit.epochs", "0")[0] == 1
+    assert not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize(

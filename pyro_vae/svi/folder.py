@@ -16,7 +16,7 @@ import torch
 
 from pyro_vae import __version__
 from pyro_vae.atomic import replace_file
-from pyro_vae.svi.run import Epoch, Run
+from pyro_vae.svi.run import Epoch
 
 FORMAT = 1
 """Of the checkpoint; a higher one was written by a newer version."""
@@ -90,19 +90,15 @@ class RunFolder:
         replace_file(self.path / "log.jsonl", rows)
 
 
-def read_log(path: Path, *, asked: int) -> Run:
-    """What the fit in a folder measured; it stopped early if `asked` epochs are not there.
+def read_log(path: Path) -> tuple[Epoch, ...]:
+    """What the fit in a folder measured so far.
 
     Raises:
-        ValueError: there is no such log.
+        OSError: there is no log.
+        ValueError: a line is no epoch.
     """
-    try:
-        lines = (path / "log.jsonl").read_text().splitlines()
-        epochs = tuple(Epoch(**json.loads(line)) for line in lines)
-        best = max(epochs, key=lambda epoch: epoch.validation_elbo)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} holds no log of a fit: {error}") from error
-    return Run(epochs, best.epoch, stopped_early=epochs[-1].epoch < asked)
+    lines = (path / "log.jsonl").read_text().splitlines()
+    return tuple(Epoch(**json.loads(line)) for line in lines)
 
 
 def _read(path: Path) -> State:
@@ -111,14 +107,7 @@ def _read(path: Path) -> State:
             warnings.simplefilter("ignore")  # of zip files that torch did not write
             state = torch.load(path, map_location="cpu", weights_only=True)
         known = isinstance(state, dict) and isinstance(state.get("format"), int)
-    except (
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{str(path)!r} is no checkpoint of a fit: it is damaged or foreign, and nothing in "
             "it was run\n  try:      remove it to start anew, or restore a copy"
