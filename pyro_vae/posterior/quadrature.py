@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 NODES = {1: (129, 128), 2: (41, 48), 3: (17, 24)}
 """By `L`: nodes a side while the grid is being placed, and at its first evaluation."""
+BLOCK = 2**15
+"""Nodes of all data whose grids are placed together."""
 DEPTH = 30.0
 """The grid covers all that is within so many nats of the highest density."""
 
@@ -141,7 +143,7 @@ def quadrature(
     *,
     tolerance: float = 1e-5,
     max_nodes: int = 2**18,
-    chunk: int = 2**15,
+    chunk: int = 2**12,
     seed: int = 0,
 ) -> Quadrature:
     r"""Integrate p(x, z) over the latents of each datum.
@@ -161,7 +163,8 @@ def quadrature(
         batch: tensors of `B` rows.
         tolerance: stop doubling when log p(x) changes by less, in nats.
         max_nodes: nor use more nodes than this for one datum; `error` says what is left.
-        chunk: nodes evaluated at once, which bounds the memory.
+        chunk: nodes evaluated at once, which bounds the memory. Some thousand keep what a decoder
+            computes in the cache.
         seed: of the prior's draws; torch's random state is left as it was.
 
     Returns:
@@ -197,7 +200,7 @@ def quadrature(
                 "\n  try:      pv.posterior.nuts(model, batch)"
             )
         low, high = _prior_range(target, chunk)
-        step = max(1, chunk // NODES[target.size][0] ** target.size)
+        step = max(1, BLOCK // NODES[target.size][0] ** target.size)
         blocks = [
             _integrate(target.rows(slice(i, i + step)), low, high, i, tolerance, max_nodes, chunk)
             for i in range(0, len(batch[0]), step)
@@ -251,9 +254,8 @@ def _integrate(
     half = torch.diag_embed((high - low) / 2)
     box = _Box(((low + high) / 2).expand(count, dim), half.expand(count, dim, dim))
     for _ in range(2):
-        box = _fit(target, box, coarse, first)
-        box = _turn(target, box, coarse)
-    box = _fit(target, box, coarse, first)
+        box = _turn(*_fit(target, box, coarse, first, chunk), coarse)
+    box, _, _ = _fit(target, box, coarse, first, chunk)
 
     log_evidence = _log_sum(_evaluate(target, box.nodes(side // 2), chunk), box, side // 2)
     error = torch.full_like(log_evidence, torch.inf)
@@ -277,15 +279,24 @@ def _integrate(
     return _Block(log_evidence, error, mean, covariance, [grids[b] for b in range(count)])
 
 
-def _fit(target: LogJoint, box: _Box, side: int, first: int) -> _Box:
-    """Grow and shrink each box until it just holds all cells that may matter."""
+def _fit(
+    target: LogJoint, box: _Box, side: int, first: int, chunk: int
+) -> tuple[_Box, Tensor, Tensor]:
+    """Grow and shrink each box until it just holds all cells that may matter.
+
+    Returns the boxes, and the last nodes `(M, B, L)` and values `(M, B)` that told so.
+    """
     center, axes = box.center.clone(), box.axes.clone()
     active = torch.arange(len(center))
+    seen = box.nodes(side)
+    values = seen.new_empty(seen.shape[:2])
     for _ in range(60):
         part, sub = target.rows(active), box.rows(active)
-        values = _evaluate(part, sub.nodes(side)).T.reshape(-1, *[side] * target.size)
-        _refuse_impossible(values, first + active)
-        low, high = _extent(values, side)
+        seen[:, active] = sub.nodes(side)
+        values[:, active] = _evaluate(part, seen[:, active], chunk)
+        shaped = values[:, active].T.reshape(-1, *[side] * target.size)
+        _refuse_impossible(shaped, first + active)
+        low, high = _extent(shaped, side)
         grows = (low < -1.01) | (high > 1.01)
         low = torch.where(grows, low.clamp_max(-1), low)  # an axis that grows does not shrink
         high = torch.where(grows, high.clamp_min(1), high)
@@ -295,7 +306,7 @@ def _fit(target: LogJoint, box: _Box, side: int, first: int) -> _Box:
         settled = ((high - low > 1.8) & ~grows).all(1)
         active = active[~settled]
         if not len(active):
-            return box
+            return box, seen, values
     raise ValueError(
         f"no box holds the posterior of data {(first + active).tolist()[:5]}: it does not fall off"
         "\n  expected: a proper prior"
@@ -344,10 +355,9 @@ def _steepest(values: Tensor) -> Tensor:
     return slack
 
 
-def _turn(target: LogJoint, box: _Box, side: int) -> _Box:
+def _turn(box: _Box, nodes: Tensor, values: Tensor, side: int) -> _Box:
     """Turn each box to the principal axes of its posterior, covering the old one."""
-    nodes = box.nodes(side)
-    weights = _evaluate(target, nodes).softmax(0)
+    weights = values.softmax(0)
     centred = nodes - torch.einsum("mb,mbl->bl", weights, nodes)
     spread = torch.einsum("mb,mbk,mbl->bkl", weights, centred, centred)
     cell = box.axes @ box.axes.mT / (3 * side**2)  # the variance within a cell
@@ -356,7 +366,7 @@ def _turn(target: LogJoint, box: _Box, side: int) -> _Box:
     return _Box(box.center, directions * reach.unsqueeze(1))
 
 
-def _evaluate(target: LogJoint, nodes: Tensor, chunk: int = 2**15) -> Tensor:
+def _evaluate(target: LogJoint, nodes: Tensor, chunk: int) -> Tensor:
     """Log p(x, z) at `(M, B, L)` nodes, `chunk` at a time; `(M, B)` float64 on the CPU."""
     step = max(1, chunk // nodes.shape[1])
     values = [
