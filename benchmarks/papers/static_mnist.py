@@ -40,6 +40,9 @@ LATENT, HIDDEN, COMPONENTS = 40, (300, 300), 500
 class AdamNormGrad(torch.optim.Adam):
     """Adam on gradients divided by their norm, tensor by tensor, as the paper's code has it."""
 
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr=lr, fused=True)
+
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
