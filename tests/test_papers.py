@@ -70,13 +70,14 @@ def test_static_mnist(
 ) -> None:
     recipe = _recipe("static_mnist", monkeypatch, tmp_path / "r.json")
     monkeypatch.setattr(recipe, "COMPONENTS", 10)
+    monkeypatch.setattr(recipe, "DRAWS", 200)
     runs = ["--runs", str(tmp_path / "runs"), "--warm-up", "1"]
     monkeypatch.setattr(sys, "argv", ["r", "fit", "vamp", "--epochs", "2", *runs])
     recipe.main()
     assert "ran 2 epochs" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["r", "evaluate", "vamp", "--ais", "3", *runs])
+    monkeypatch.setattr(sys, "argv", ["r", "evaluate", "vamp", "--few", "3", *runs])
     recipe.main()
     (record,) = json.loads((tmp_path / "r.json").read_text())
-    assert record["epochs"] == 2 and record["draws"] == 5000 and record["ais_rows"] == 3
+    assert record["epochs"] == 2 and record["draws"] == 200 and record["few_rows"] == 3
     assert record["elbo"] < record["log_likelihood"] < 0
     assert "quoted by pythae" in capsys.readouterr().out
