@@ -136,6 +136,15 @@ def test_more_epochs_prolong_a_fit(tmp_path: Path) -> None:
     assert len(log) == 6 and '"epoch": 6' in log[-1]
 
 
+def test_a_finished_fit_is_read_and_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, run = _fit(tmp_path)
+    monkeypatch.delattr(Fitting, "record")
+    again, known = _fit(tmp_path, compile=True)
+    assert _same(first, again) and known == run
+
+
 def test_an_explosion_does_not_replace_a_good_checkpoint(tmp_path: Path) -> None:
     """The rate explodes within an epoch; a checkpoint is due after every step."""
     wild = lambda step: 1.0 if step < 15 else 1e30  # noqa: E731

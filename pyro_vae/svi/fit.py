@@ -146,10 +146,10 @@ def fit(
         )  # fmt: skip
         if folder is not None:
             fitting.resume(RunFolder(folder, fitting.settings() | {"seed": seed}), save_every)
-        if compile:
+        if compile and not fitting.ended(epochs, patience):
             fitting.record()
         bar.update(fitting.epoch)
-        while fitting.epoch < epochs and not fitting.stale(patience):
+        while not fitting.ended(epochs, patience):
             last = fitting.epoch + 1 == epochs
             measured = fitting.advance(last or (fitting.epoch + 1) % measure_every == 0)
             if measured is not None:

@@ -136,6 +136,10 @@ class Fitting:
             and self.history[-1].epoch - self.best >= patience
         )
 
+    def ended(self, epochs: int, patience: int | None) -> bool:
+        """Whether nothing is left to do."""
+        return self.epoch >= epochs or self.stale(patience)
+
     def finish(self, *, stopped_early: bool) -> Run:
         """Keep the best weights."""
         self._save()
