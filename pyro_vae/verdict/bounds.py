@@ -109,28 +109,32 @@ def bounds(
         raise ValueError(f"bounds wants chunk >= 1 and keep >= 0; got {chunk} and {keep}")
     count, keep = len(batch[0]), min(keep, draws)
     rows, at_once = _evenly(count, max(1, chunk // draws)), _evenly(draws, chunk)
-    figures: list[tuple[Tensor, ...]] = []
-    kept: list[list[Tensor]] = []
+    # All that stays is allocated first: small tensors left among large ones that come and go would
+    # split the holes that the large ones leave, and memory would grow with the rows.
+    figures = torch.empty(6, count, dtype=torch.float64)
+    log_weight = torch.empty(math.ceil(draws / at_once) * at_once, rows, dtype=torch.float64)
     with preserved_rng(seed), evaluating(model, guide), torch.no_grad():
-        names = list(log_densities(model, guide, tuple(p[:1] for p in batch), 1).latents)
+        drawn = log_densities(model, guide, tuple(p[:1] for p in batch), 1).latents
+        sites = {
+            name: torch.empty(keep, count, *value.shape[2:], dtype=value.dtype)
+            for name, value in drawn.items()
+        }
         score = _scoring(model, guide, at_once)
         if compile:
             score = _compiled(score, tuple(p[:rows] for p in batch))
         for start in range(0, count, rows):
+            stop = min(start + rows, count)
             index = torch.arange(start, start + rows, device=batch[0].device).clamp_max(count - 1)
-            inputs, weights, latents = tuple(p[index] for p in batch), [], []
+            inputs = tuple(p[index] for p in batch)
             for done in range(0, draws, at_once):
-                log_weight, *values = score(*inputs)
-                weights.append(log_weight.double().cpu())
-                latents.append([v[: max(0, keep - done)].clone().cpu() for v in values])
-            figures.append(_figures(torch.cat(weights)[:draws, : count - start]))
-            kept.append([torch.cat(v)[:, : count - start] for v in zip(*latents, strict=True)])
-    sites = {
-        name: torch.cat(values, 1).unsqueeze(0)
-        for name, values in zip(names, map(list, zip(*kept, strict=True)), strict=True)
-    }
-    elbo, elbo_se, iwae, iwae_se, ess, khat = (torch.cat(c) for c in zip(*figures, strict=True))
-    return Bounds(elbo, elbo_se, iwae, iwae_se, ess, khat, Draws(sites, method="guide"))
+                log_weight[done : done + at_once], *values = score(*inputs)
+                for site, value in zip(sites.values(), values, strict=True):
+                    few = value[: max(0, keep - done), : stop - start]
+                    site[done : done + at_once, start:stop] = few
+            figures[:, start:stop] = torch.stack(_figures(log_weight[:draws, : stop - start]))
+    elbo, elbo_se, iwae, iwae_se, ess, khat = figures
+    chain = {name: value.unsqueeze(0) for name, value in sites.items()}
+    return Bounds(elbo, elbo_se, iwae, iwae_se, ess, khat, Draws(chain, method="guide"))
 
 
 Scoring = Callable[..., tuple[Tensor, ...]]
