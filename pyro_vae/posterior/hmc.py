@@ -23,8 +23,9 @@ from pyro_vae.posterior.store import Part, by_chunks
 
 PARTICLES = 32
 """Of the cloud that finds the modes of a datum."""
-TRIALS = 256
-"""Weighted draws from which the mixture of a datum is fitted anew."""
+TRIALS = 1024
+"""Weighted draws from which the cloud starts and a datum's mixture is fitted anew. A quarter of
+them missed a lobe in silence on 7 in 500 posteriors of MNIST digits, these on none."""
 ROUNDS = 4
 """Of such fits at most; they end when half the draws are effective."""
 EVALUATIONS = 2**13
@@ -332,7 +333,7 @@ def _proposal(target: LogJoint, cloud: Cloud, index: Tensor) -> tuple[Mixture, T
 
     Returns it, the metric it implies, and how many densities it cost, `(B,)`.
     """
-    components = max(1, min(6, (PARTICLES + TRIALS) // (8 * (target.size + 1))))
+    components = max(1, min(6, (PARTICLES + TRIALS) // (32 * (target.size + 1))))
     share = cloud.pool_log_weight[:, index].softmax(0)
     weights = [torch.full_like(cloud.position[:, index, 0], 0.25), share * _effective(share)]
     u, weight = torch.cat([cloud.position, cloud.pool])[:, index], torch.cat(weights)

@@ -18,6 +18,8 @@ LEAPFROG = 5
 """Most leapfrog steps of a move; each move draws its number from 1 on."""
 ACCEPTANCE = 0.8
 """What step sizes are tuned to."""
+POOLED = 2**14
+"""Draws times rows of a pool that are scored at once."""
 
 
 class Base:
@@ -123,8 +125,9 @@ def explore(base: Base, particles: int, pool: int, *, threshold: float = 0.5) ->
     """
     with torch.no_grad():
         u = base.sample(pool)
-        log_base, log_joint = (_finite(end) for end in ends(base, u))
-    rows, size = u.shape[1:]
+        rows, size = u.shape[1:]
+        parts = [ends(base, part) for part in u.split(max(1, POOLED // rows))]
+        log_base, log_joint = (_finite(torch.cat(end)) for end in zip(*parts, strict=True))
     beta = u.new_zeros(rows)
     step_size = u.new_full((rows,), 1.0 / size**0.25)
     possible = torch.isfinite(log_joint).any(0)
