@@ -141,8 +141,10 @@ def test_a_finished_fit_is_read_and_not_compiled(
 ) -> None:
     first, run = _fit(tmp_path)
     monkeypatch.delattr(Fitting, "record")
+    written = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
     again, known = _fit(tmp_path, compile=True)
     assert _same(first, again) and known == run
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == written
 
 
 def test_an_explosion_does_not_replace_a_good_checkpoint(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ class Fitting:
         self.history: list[Epoch] = []
         self.kept = self.whole = self.weights.copy()
         self.folder: RunFolder | None = None
+        self.on_disk: tuple[int, ...] = ()
         self.save_every = math.inf
         self.saved = self.started = time.perf_counter()
 
@@ -141,8 +142,9 @@ class Fitting:
         return self.epoch >= epochs or self.stale(patience)
 
     def finish(self, *, stopped_early: bool) -> Run:
-        """Keep the best weights."""
-        self._save()
+        """Keep the best weights; a folder that holds them already is not touched."""
+        if self.on_disk != (self.epoch, self.step, len(self.history)):
+            self._save()
         self.weights.restore(self.kept)
         return Run(tuple(self.history), self.best, stopped_early)
 
@@ -179,6 +181,7 @@ class Fitting:
         self.epoch, self.batch, self.step, self.best = state["counts"]
         self.losses = list(state["losses"].unbind())
         self.history = [Epoch(**row) for row in state["history"]]
+        self.on_disk = self.epoch, self.step, len(self.history)
         self.started = time.perf_counter() - state["seconds"]
         torch.set_rng_state(state["rng"][self.rows.rank])
         if self.weights.device.type == "cuda":
@@ -205,6 +208,7 @@ class Fitting:
         if self.rows.rank == 0:
             self.folder.log(self.history)
             self.folder.save(state)
+        self.on_disk = self.epoch, self.step, len(self.history)
         self.saved = time.perf_counter()
 
     def _sweep(self) -> float:
