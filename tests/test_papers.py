@@ -50,7 +50,7 @@ def test_small_latents(
         assert found["kl"] > -1e-3 and abs(found["iwae_500_below"]) < 0.05
     assert record["quadrature_error"] < 0.01
     recipe.table()
-    assert capsys.readouterr().out.count("| vamp | 0 | 4 |") == 5
+    assert capsys.readouterr().out.count("| vamp | 0 |") == 5
     monkeypatch.setattr(recipe, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
     recipe.figure(tmp_path / "runs", "vamp", digits=2)
@@ -62,7 +62,9 @@ def test_modes_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     line = torch.linspace(-4, 4, 41)
     left, right = (torch.exp(-2 * ((line[:, None] - at) ** 2 + line**2)) for at in (-2.0, 2.0))
     both, faint = left + 0.5 * right, left + 0.01 * right
-    assert [recipe.modes_of(density) for density in (left, both, faint)] == [1, 2, 1]
+    ridge = torch.exp(-((line[:, None] - line**2 / 2) ** 2) / 0.1)  # sampled, it has many maxima
+    found = [recipe.modes_of(density) for density in (left, both, faint, ridge)]
+    assert found == [1, 2, 1, 1]
 
 
 def test_static_mnist(
