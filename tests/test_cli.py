@@ -200,6 +200,43 @@ def test_bad_configurations_and_folders(
     bad.write_text(yaml.safe_dump(plain | {"hidden": [4]}))
     code, _, errors = _run(capsys, "evaluate", str(tmp_path))
     assert code == 1 and "are not those of its config.yaml" in errors
+    bad.write_text(yaml.safe_dump(plain))
+    (tmp_path / "model.safetensors").write_bytes(b"half of it")
+    code, _, errors = _run(capsys, "evaluate", str(tmp_path))
+    assert code == 1 and "model.safetensors is damaged" in errors
+
+
+def test_a_relative_path_to_data_is_the_same_rows_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", np.eye(12, dtype=np.float32)[np.arange(60) % 12])
+    Path("digits").write_text("no data set")  # a file of a set's name is no rows
+    recipe = {"data": {"name": "rows.npy"}, "hidden": [4], "fit": {"epochs": 1}}
+    Path("first.yaml").write_text(yaml.safe_dump(recipe))
+    for out in ("a", "a"):
+        assert _run(capsys, "fit", "--config", "first.yaml", "--out", out)[0] == 0
+    (tmp_path / "a/config.yaml").write_text(yaml.safe_dump(recipe))
+    assert _run(capsys, "fit", "--config", "a/config.yaml", "--out", "a")[0] == 0
+    assert _run(capsys, "fit", "--out", "b", *QUICK)[0] == 0
+
+
+def test_rows_that_fail_later_leave_a_folder_that_says_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last batch of one row, which this network refuses."""
+    (tmp_path / "my_net.py").write_text(
+        "from pyro_vae.networks import MLP\nclass Picky(MLP):\n    def forward(self, x):\n"
+        "        if x.shape[-2] == 1: raise ValueError('one row')\n        return super().forward(x)"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    np.save(tmp_path / "rows.npy", np.zeros((60, 4), dtype=np.float32))
+    source = recipe.Source(str(tmp_path / "rows.npy"))
+    settings = recipe.Settings(epochs=1, batch_size=len(recipe.load_rows(source).train[0]) - 1)
+    chosen = Recipe(source, network="my_net:Picky", fit=settings)
+    with pytest.raises(ValueError, match="one row"):
+        recipe.carry_out(chosen, tmp_path / "run", allow=["my_net"], progress=False)
+    assert (tmp_path / "run/run.json").exists() and (tmp_path / "run/config.yaml").exists()
 
 
 def test_a_refused_fit_leaves_a_run_as_it_is(

@@ -114,7 +114,7 @@ ODD: dict[str, tuple[Any, pv.data.Dataset, int, str]] = {
     "grey": (pv.likelihoods.ContinuousBernoulli(), _images(GREY), 4, "of the first two latents"),
     "real": (pv.likelihoods.Normal(1.0), _images(3 * GREY - 1, GREY[:, 0].gt(0.5).long()), 2, ""),
     "one row": (
-        pv.likelihoods.Normal(1.0), pv.data.from_array(GREY[:20], held_out=1), 2, "(1 test rows",
+        pv.likelihoods.Normal(1.0), pv.data.from_array(GREY[:20], held_out=1), 2, "(1 test row)",
     ),
 }  # fmt: skip
 

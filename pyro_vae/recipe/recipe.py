@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pyro_vae.svi import objectives, schedules
@@ -42,6 +43,12 @@ class Source:
     root: str | None = None
     binarize: str = "usual"
     size: tuple[int, int] | None = None
+
+    def absolute(self) -> Source:
+        """The same rows, from whatever folder one asks for them."""
+        path, root = Path(self.name), self.root and str(Path(self.root).resolve())
+        own = path.is_dir() or path.suffix in (".npy", ".npz")
+        return replace(self, name=str(path.resolve()) if own else self.name, root=root)
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,11 @@ def carry_out(
 
     Raises:
         ValueError: a bad recipe, a folder that cannot be written or holds the run of another
-            recipe; the folder is then left as it was.
+            recipe; the folder is then left as it was. Or rows that the model refuses in a later
+            batch: what was fitted until then is kept.
     """
     path = writable_folder(folder)
-    if (name := Path(recipe.data.name)).exists():  # from whatever folder the run is opened
-        recipe = replace(recipe, data=replace(recipe.data, name=str(name.resolve())))
+    recipe = replace(recipe, data=recipe.data.absolute())
     _refuse_another(path, recipe)
     rows, model, guide = build(recipe, allow=allow)
     config = path / "config.yaml"
@@ -61,7 +61,10 @@ def carry_out(
             progress=progress,
         )  # fmt: skip
     except ValueError:
-        config.unlink() if before is None else replace_file(config, before)
+        if before is not None:
+            replace_file(config, before)
+        elif not (path / "run.json").exists():  # nothing was begun
+            config.unlink()
         raise
     save_weights(path, model, guide)
     fitted.history.to_csv(path / "history.csv", float_format="%.6g")
@@ -156,9 +159,10 @@ def _refuse_another(folder: Path, recipe: Recipe) -> None:
     if not (folder / "config.yaml").exists():
         return
     free = ("epochs", "patience", "save_every", "compile")
+    there = read_recipe(folder / "config.yaml")
     found, wanted = (
         {**asdict(r), "fit": {k: v for k, v in asdict(r.fit).items() if k not in free}}
-        for r in (read_recipe(folder / "config.yaml"), recipe)
+        for r in (replace(there, data=there.data.absolute()), recipe)
     )
     other = [key for key in wanted if found[key] != wanted[key]]
     if other:

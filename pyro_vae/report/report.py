@@ -273,10 +273,11 @@ def _settings(
 def _held_out(model: Model, guide: Guide, data: Dataset, seed: int) -> dict[str, str]:
     """ELBO and log-likelihood of up to 500 test rows."""
     found = bounds(model, guide, tuple(p[:500] for p in data.test), draws=1000, keep=0, seed=seed)
-    rows = len(found.elbo)
+    count = len(found.elbo)
     return {
         "held out": f"ELBO {mean_with_error(found.elbo)}, log p(x) by IWAE of 1,000 draws "
-        f"{mean_with_error(found.iwae)} nats a row ({rows} test rows, error over rows)"
+        f"{mean_with_error(found.iwae)} nats a row "
+        f"({count} test row{'s, standard error over rows' if count > 1 else ''})"
     }
 
 

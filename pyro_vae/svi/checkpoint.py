@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -29,7 +30,10 @@ def load_weights(folder: str | Path, model: nn.Module, guide: nn.Module) -> None
 
     Raises:
         FileNotFoundError: the folder holds no weights.
-        RuntimeError: the modules have other parameters than the file.
+        RuntimeError: the modules have other parameters than the file, or it is damaged.
     """
     for name, part in (("model", model), ("guide", guide)):
-        load_model(part, Path(folder) / f"{name}.safetensors")
+        try:
+            load_model(part, Path(folder) / f"{name}.safetensors")
+        except SafetensorError as error:
+            raise RuntimeError(f"{name}.safetensors is damaged: {error}") from error
