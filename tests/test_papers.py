@@ -77,7 +77,10 @@ def test_static_mnist(
     monkeypatch.setattr(sys, "argv", ["r", "fit", "vamp", "--epochs", "2", *runs])
     recipe.main()
     assert "ran 2 epochs" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["r", "evaluate", "vamp", "--few", "3", *runs])
+    monkeypatch.setattr(sys, "argv", ["r", "evaluate", "vamp", *runs])
+    recipe.main()
+    assert "not yet" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["r", "confirm", "vamp", "--few", "3", *runs])
     recipe.main()
     (record,) = json.loads((tmp_path / "r.json").read_text())
     assert record["epochs"] == 2 and record["draws"] == 200 and record["few_rows"] == 3
