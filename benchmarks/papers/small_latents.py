@@ -82,7 +82,7 @@ def amortized(
     """A guide of some family, for a model that stands still, after a quarter of the epochs.
 
     Its encoder starts as that of the pair: from nothing one does not find its way about the latent
-    plane of a finished decoder (7 nats worse after 30 epochs).
+    plane of a finished decoder.
     """
     torch.manual_seed(seed + 1)
     family, rows = FAMILIES[name]

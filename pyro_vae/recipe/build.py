@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -82,13 +81,13 @@ def load_rows(source: Source) -> data.Dataset:
     """
     if source.binarize not in BINARIZE:
         raise ValueError(unknown("binarize", source.binarize, BINARIZE))
-    choice, path = BINARIZE[source.binarize], Path(source.name)
+    choice = BINARIZE[source.binarize]
     own = None if choice is ... else choice
-    if path.is_dir():
-        return data.from_images(path, size=source.size, binarize=own)
-    if path.suffix in (".npy", ".npz"):
-        return data.from_file(path, binarize=own)
-    return data.load(source.name, root=source.root, binarize=choice)
+    if source.path is None:
+        return data.load(source.name, root=source.root, binarize=choice)
+    if source.path.is_dir():
+        return data.from_images(source.path, size=source.size, binarize=own)
+    return data.from_file(source.path, binarize=own)
 
 
 class _Finder:

@@ -44,11 +44,16 @@ class Source:
     binarize: str = "usual"
     size: tuple[int, int] | None = None
 
+    @property
+    def path(self) -> Path | None:
+        """The file or folder of rows, where the name is no published set's."""
+        path = Path(self.name)
+        return path if path.is_dir() or path.suffix in (".npy", ".npz") else None
+
     def absolute(self) -> Source:
         """The same rows, from whatever folder one asks for them."""
-        path, root = Path(self.name), self.root and str(Path(self.root).resolve())
-        own = path.is_dir() or path.suffix in (".npy", ".npz")
-        return replace(self, name=str(path.resolve()) if own else self.name, root=root)
+        name = self.name if self.path is None else str(self.path.resolve())
+        return replace(self, name=name, root=self.root and str(Path(self.root).resolve()))
 
 
 @dataclass(frozen=True)
