@@ -281,18 +281,18 @@ def test_langevin_is_off_by_what_theory_says() -> None:
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from test_hmc import sixty
+from test_hmc import thirty
 from pyro_vae.posterior import hmc
-model, x = sixty()
-hmc(model, (x,), draws=400, chunk=2, folder=sys.argv[1], progress=False)
+model, x = thirty()
+hmc(model, (x,), draws=100, chunk=2, folder=sys.argv[1], progress=False)
 """
 
 
-def sixty() -> tuple[pv.models.PPCA, Tensor]:
-    """A model and sixty data, the same in every process."""
+def thirty() -> tuple[pv.models.PPCA, Tensor]:
+    """A model and thirty data, the same in every process."""
     torch.manual_seed(0)
     model = random_ppca()
-    return model, model(None, size=60).detach()
+    return model, model(None, size=30).detach()
 
 
 @pytest.mark.slow
@@ -307,9 +307,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
             while _finished(note) < before + 3 and run.poll() is None:
                 time.sleep(0.01)
             run.send_signal(ending)
-        assert before + 3 <= _finished(note) < 30
-    model, x = sixty()
-    options: dict[str, Any] = {"draws": 400, "chunk": 2, "progress": False}
+        assert before + 3 <= _finished(note) < 15
+    model, x = thirty()
+    options: dict[str, Any] = {"draws": 100, "chunk": 2, "progress": False}
     resumed = hmc(model, (x,), folder=tmp_path, **options)
     assert torch.equal(resumed["z"], hmc(model, (x,), **options)["z"])
 

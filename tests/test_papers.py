@@ -86,3 +86,7 @@ def test_static_mnist(
     assert record["epochs"] == 2 and record["draws"] == 200 and record["few_rows"] == 3
     assert record["elbo"] < record["log_likelihood"] < 0
     assert "quoted by pythae" in capsys.readouterr().out
+    monkeypatch.setattr(recipe, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    recipe.figure()
+    assert (tmp_path / "docs/static_mnist.png").stat().st_size > 10_000

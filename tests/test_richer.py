@@ -26,7 +26,7 @@ def _log_evidence(prior: str, guide: str, seed: int) -> tuple[torch.Tensor, torc
         prior=PRIORS[prior](amortized, digits.train[0], 2),
         likelihood=pv.likelihoods.Bernoulli(),
     )
-    pv.fit(model, amortized, digits, epochs=70, lr=3e-3, seed=seed, progress=False)
+    pv.fit(model, amortized, digits, epochs=40, lr=6e-3, seed=seed, progress=False)
     batch = (digits.test[0][:60],)
     exact = quadrature(model, batch, tolerance=1e-2)
     assert exact.error.max() < 0.05
