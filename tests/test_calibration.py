@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pairs import conditional_pair, mirrored, quantized_pair, tilted, wrong_guide
 from pyro_vae.log_joint import LogJoint
-from pyro_vae.verdict.calibration import Calibration, JointTest, calibrate, joint_test
+from pyro_vae.verdict.calibration import Calibration, calibrate
+from pyro_vae.verdict.joint_test import JointTest, joint_test
 from truth import FAILURE_RATE, assert_z
 
 ROW = (torch.zeros(1, 3),)

@@ -28,7 +28,7 @@ from pyro_vae.models import PPCA
 from pyro_vae.verdict.collapse import linear_collapse
 from pyro_vae.verdict.diagnosis import Diagnosis, Estimate
 from pyro_vae.verdict.diagnostics import diagnose
-from pyro_vae.verdict.distances import multivariate_normal_kl, normal_kl
+from pyro_vae.verdict.kl import multivariate_normal_kl, normal_kl
 from truth import assert_z
 
 

@@ -16,9 +16,9 @@ import pyro_vae as pv
 from pairs import Pair, guide_of, hierarchical_pair, random_ppca
 from pyro_vae.models import PPCA
 from pyro_vae.posterior import quadrature
-from pyro_vae.verdict.distances import multivariate_normal_kl
 from pyro_vae.verdict.family import family_of
 from pyro_vae.verdict.gaps import gaps
+from pyro_vae.verdict.kl import multivariate_normal_kl
 from truth import assert_z
 
 quiet = partial(gaps, progress=False, steps=320, evaluation_draws=600)

@@ -37,7 +37,7 @@ from pyro_vae.svi.objectives import (
     gradients,
     warm_up,
 )
-from pyro_vae.verdict.distances import normal_kl
+from pyro_vae.verdict.kl import normal_kl
 from truth import assert_z
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 import pyro_vae as pv
 from pyro_vae.networks import positive
-from pyro_vae.verdict.distances import multivariate_normal_kl, normal_kl
+from pyro_vae.verdict.kl import multivariate_normal_kl, normal_kl
 from truth import assert_z
 
 

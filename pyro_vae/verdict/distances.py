@@ -4,74 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def normal_kl(mean: Tensor, sd: Tensor, other_mean: Tensor, other_sd: Tensor) -> Tensor:
-    r"""KL divergence of one factorised Gaussian from another, in nats.
-
-    $$\mathrm{KL}(q\|p) = \sum_i \log\frac{\sigma'_i}{\sigma_i}
-      + \frac{\sigma_i^2 + (\mu_i - \mu'_i)^2}{2 \sigma_i'^2} - \frac12$$
-
-    Args:
-        mean: of q, `(..., L)`.
-        sd: of q, `(..., L)`, positive.
-        other_mean: of p, `(..., L)`.
-        other_sd: of p, `(..., L)`, positive.
-
-    Returns:
-        `(...)`, at least 0.
-
-    References:
-        Diederik P. Kingma, Max Welling. *Auto-Encoding Variational Bayes*, 2014, appendix B.
-
-    Example:
-        >>> one = torch.ones(2)
-        >>> normal_kl(one, one, 0 * one, one)
-        tensor(1.)
-    """
-    ratio = sd / other_sd
-    shift = (mean - other_mean) / other_sd
-    return (0.5 * (ratio.square() + shift.square() - 1) - ratio.log()).sum(-1)
-
-
-def multivariate_normal_kl(
-    mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor
-) -> Tensor:
-    r"""KL divergence of one Gaussian from another, full covariances, in nats.
-
-    $$\mathrm{KL}(q\|p) = \frac12\left(\mathrm{tr}(\Sigma'^{-1}\Sigma)
-      + (\mu'-\mu)^\top \Sigma'^{-1} (\mu'-\mu) - L + \log\frac{|\Sigma'|}{|\Sigma|}\right)$$
-
-    Args:
-        mean: of q, `(..., L)`.
-        covariance: of q, `(..., L, L)`, positive definite.
-        other_mean: of p, `(..., L)`.
-        other_covariance: of p, `(..., L, L)`, positive definite.
-
-    Returns:
-        `(...)`, at least 0.
-
-    Raises:
-        torch.linalg.LinAlgError: a covariance that is not positive definite.
-
-    Example:
-        >>> zero, eye = torch.zeros(2), torch.eye(2)
-        >>> multivariate_normal_kl(zero + 1, eye, zero, eye)
-        tensor(1.)
-    """
-    tril = torch.linalg.cholesky(covariance)
-    other_tril = torch.linalg.cholesky(other_covariance)
-    whitened = torch.linalg.solve_triangular(other_tril, tril, upper=False)
-    shift = torch.linalg.solve_triangular(
-        other_tril, (mean - other_mean).unsqueeze(-1), upper=False
-    ).squeeze(-1)
-    log_ratio = (_log_diagonal(other_tril) - _log_diagonal(tril)).sum(-1)
-    squares = whitened.square().sum((-1, -2)) + shift.square().sum(-1)
-    return 0.5 * (squares - mean.shape[-1]) + log_ratio
+from pyro_vae.verdict.moments import check_draws, coverage, moment_errors
 
 
 def distances(
@@ -115,7 +52,7 @@ def distances(
             f"got {tuple(reference.shape)}"
         )
     first, second = (half.flatten(0, 1) for half in reference.tensor_split(2))
-    _check(draws, first)
+    check_draws(draws, first)
     count = min(points, len(draws), len(first), len(second))
     ours, zero = (_figures(side, first, count, seed) for side in (draws, second))
     return {
@@ -169,7 +106,7 @@ def sliced_wasserstein(
         >>> bool(torch.allclose(sliced_wasserstein(z, z + 2), torch.full((3,), 2.0)))
         True
     """
-    _check(a, b)
+    check_draws(a, b)
     generator = torch.Generator().manual_seed(seed)
     lines = torch.randn(a.shape[-1], directions, generator=generator).to(a)
     lines = lines / lines.norm(dim=0)
@@ -216,7 +153,7 @@ def mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk: int = 2*
         >>> bool((mmd(z[:50] + 3, z[50:]) > 0.5).all())
         True
     """
-    _check(a, b)
+    check_draws(a, b)
 
     def figure(a: Tensor, b: Tensor) -> Tensor:
         aa, ab, bb = (_pairwise(x, y) for x, y in ((a, a), (a, b), (b, b)))
@@ -266,7 +203,7 @@ def c2st(a: Tensor, b: Tensor, *, neighbours: int = 15, chunk: int = 2**22) -> T
         >>> c2st(z[:100], z[100:] + 50)
         tensor([1., 1., 1.])
     """
-    _check(a, b)
+    check_draws(a, b)
     size = len(a)
     if len(b) != size or neighbours % 2 == 0 or not 0 < neighbours < size:
         raise ValueError(
@@ -287,103 +224,6 @@ def c2st(a: Tensor, b: Tensor, *, neighbours: int = 15, chunk: int = 2**22) -> T
         return torch.where(usable, 1 - wrong / (2 * (1 - chance)), torch.nan)
 
     return _by_rows(figure, a, b, chunk // (2 * size) ** 2)
-
-
-class MomentErrors(NamedTuple):
-    """What `moment_errors` returns, each `(B, L)`."""
-
-    mean: Tensor
-    """error of the mean, in reference sd"""
-    mean_se: Tensor
-    """its standard error, from both sides"""
-    sd: Tensor
-    """relative error of the sd"""
-    sd_se: Tensor
-    """its standard error, from both sides"""
-
-
-def moment_errors(
-    draws: Tensor,
-    reference: Tensor,
-    *,
-    mcse: Tensor | None = None,
-    reference_mcse: Tensor | None = None,
-) -> MomentErrors:
-    r"""Errors of mean and sd in units of the reference sd, with their standard errors.
-
-    $$\frac{\mu - \mu'}{\sigma'} \pm
-      \frac{\sqrt{\mathrm{MCSE}^2 + \mathrm{MCSE}'^2}}{\sigma'}, \qquad
-      \frac{\sigma}{\sigma'} - 1 \pm \frac{\sigma}{\sigma'}
-      \sqrt{\frac{\kappa - 1}{4 S_e} + \frac{\kappa' - 1}{4 S_e'}}$$
-
-    where κ is the kurtosis and $S_e = (\sigma / \mathrm{MCSE})^2$ the effective sample size.
-
-    Args:
-        draws: `(S, B, L)`.
-        reference: `(S', B, L)`.
-        mcse: Monte Carlo standard error of the mean of `draws`, `(B, L)`; by default that of
-            independent draws.
-        reference_mcse: that of the reference.
-
-    Returns:
-        `MomentErrors`.
-
-    Warning:
-        The standard error of the sd supposes that squares mix as values do. It is too small for
-        a chain that goes to and fro.
-
-    Raises:
-        ValueError: draws of other data.
-
-    Example:
-        >>> z = torch.randn(1000, 3, 2)
-        >>> errors = moment_errors(0.5 * z, z)
-        >>> errors.sd.round(decimals=4).unique()
-        tensor([-0.5000])
-    """
-    _check(draws, reference)
-    mean, sd, error, sd_error = _moments(draws, mcse)
-    true_mean, true_sd, true_error, true_sd_error = _moments(reference, reference_mcse)
-    return MomentErrors(
-        (mean - true_mean) / true_sd,
-        torch.hypot(error, true_error) / true_sd,
-        sd / true_sd - 1,
-        sd / true_sd * torch.hypot(sd_error, true_sd_error),
-    )
-
-
-def coverage(draws: Tensor, reference: Tensor, level: float = 0.9) -> Tensor:
-    r"""Share of the reference inside the central interval of the draws, by coordinate.
-
-    The interval runs between the quantiles at $(1 \mp \mathrm{level})/2$, the i-th of S draws
-    being that at $i / (S + 1)$: then the share is `level` in expectation under one law.
-
-    Args:
-        draws: `(S, B, L)`.
-        reference: `(S', B, L)`.
-        level: between 0 and $(S - 1)/(S + 1)$.
-
-    Returns:
-        `(B, L)`: below `level` for draws that are too narrow or off. Its standard error under
-        one law is $\sqrt{\mathrm{level}(1 - \mathrm{level})(1/S + 1/S')}$, S being effective
-        sizes.
-
-    Raises:
-        ValueError: draws of other data, or a level that so few draws cannot have.
-
-    Example:
-        >>> z = torch.randn(4000, 3, 2)
-        >>> bool((coverage(0.5 * z, z) < 0.7).all())
-        True
-    """
-    _check(draws, reference)
-    if not 0 < level <= (len(draws) - 1) / (len(draws) + 1):
-        raise ValueError(
-            f"level must lie between 0 and (S - 1)/(S + 1); got {level} of {len(draws)} draws"
-        )
-    ordered = draws.sort(0).values
-    low, high = (_quantile(ordered, (1 + sign * level) / 2) for sign in (-1, 1))
-    return ((reference >= low) & (reference <= high)).to(draws).mean(0)
 
 
 def _figures(draws: Tensor, reference: Tensor, count: int, seed: int) -> dict[str, Tensor]:
@@ -441,29 +281,3 @@ def _chance_of_own_majority(size: int, neighbours: int) -> float:
     majorities = range(neighbours // 2 + 1, neighbours + 1)
     ways = sum(math.comb(size - 1, k) * math.comb(size, neighbours - k) for k in majorities)
     return ways / math.comb(2 * size - 1, neighbours)
-
-
-def _moments(draws: Tensor, mcse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, sd, standard error of the mean, and relative one of the sd."""
-    mean, sd = draws.mean(0), draws.std(0)
-    error = sd / math.sqrt(len(draws)) if mcse is None else mcse
-    kurtosis = ((draws - mean) / sd).pow(4).mean(0)
-    return mean, sd, error, error / sd * (kurtosis - 1).clamp_min(0).sqrt() / 2
-
-
-def _quantile(ordered: Tensor, level: float) -> Tensor:
-    place = level * (len(ordered) + 1) - 1
-    low = min(max(math.floor(place + 1e-9), 0), len(ordered) - 2)
-    return ordered[low].lerp(ordered[low + 1], min(max(place - low, 0.0), 1.0))
-
-
-def _check(a: Tensor, b: Tensor) -> None:
-    if a.dim() != 3 or b.dim() != 3 or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < 2:
-        raise ValueError(
-            "draws must be (S, B, L) and (S', B, L), at least 2 of the same data; "
-            f"got {tuple(a.shape)} and {tuple(b.shape)}"
-        )
-
-
-def _log_diagonal(tril: Tensor) -> Tensor:
-    return tril.diagonal(dim1=-2, dim2=-1).log()
