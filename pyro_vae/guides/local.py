@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ class Table(nn.Module):
     Args:
         x: the data that have parameters, `(N, D)`.
         features: `F`, what the guide wants: `NormalGuide.features(L)`.
-        start: an encoder whose answers are the first parameters; zeros by default.
+        start: an encoder, or another function of `x`, whose answers are the first parameters;
+            zeros by default.
 
     Warning:
         It knows nothing of other data; dynamic binarisation makes every batch other data. From
@@ -40,7 +43,9 @@ class Table(nn.Module):
     order: Tensor
     weights: Tensor
 
-    def __init__(self, x: Tensor, features: int, *, start: nn.Module | None = None) -> None:
+    def __init__(
+        self, x: Tensor, features: int, *, start: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         bounds = -(2**62), 2**62
