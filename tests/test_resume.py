@@ -185,6 +185,13 @@ def test_measurements_leave_the_fit_as_it_is() -> None:
     assert _same(whole, rarely) and len(run.epochs) == 1
 
 
+def test_a_fit_is_opened_while_another_process_writes_it(tmp_path: Path) -> None:
+    _fit(tmp_path, epochs=1)
+    (tmp_path / "checkpoint.pt.tmp").write_bytes(b"the other's draft")
+    _fit(tmp_path, epochs=1)
+    assert (tmp_path / "checkpoint.pt.tmp").exists()
+
+
 def test_another_fit_is_refused(tmp_path: Path) -> None:
     _fit(tmp_path, epochs=1)
     before = (tmp_path / "checkpoint.pt").read_bytes()

@@ -64,8 +64,6 @@ class RunFolder:
 
     def _note(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        for draft in self.path.glob("*.tmp"):
-            draft.unlink()
         versions = {
             "pyro_vae": __version__,
             "torch": torch.__version__,
