@@ -27,11 +27,13 @@ class Family:
     Attributes:
         start: λ of each datum, `(B, F)`, unconstrained.
         member: from `(B, F)` to the distribution of each latent site, batch shape `(B,)`.
+        answer: from another batch of `B` rows to the λ that the guide chooses for them.
         masks: of each site, from the guide's trace.
     """
 
     start: Tensor
     member: Callable[[Tensor], dict[str, Any]]
+    answer: Callable[[Batch], Tensor]
     masks: dict[str, Any]
 
     def draw(self, free: Tensor, draws: int, *, score: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -99,8 +101,15 @@ def family_of(guide: Guide, batch: Batch) -> Family:
     amortized = _amortized(guide)
     if amortized is not None and len(sites) == 1:
         (name,) = sites
-        features = amortized.encoder(*batch)
-        return Family(features, lambda free: {name: amortized.distribution(free)}, masks)
+
+        def one(free: Tensor) -> dict[str, Any]:
+            return {name: amortized.distribution(free)}
+
+        def encode(batch: Batch) -> Tensor:
+            features: Tensor = amortized.encoder(*batch)
+            return features
+
+        return Family(encode(batch), one, encode, masks)
     parts = {name: _parametrised(name, site["fn"]) for name, site in sites.items()}
     _check_independence(guide, batch, parts)
     sizes = [start.shape[-1] for start, _ in parts.values()]
@@ -112,7 +121,11 @@ def family_of(guide: Guide, batch: Batch) -> Family:
             for piece, (name, (_, rebuild)) in zip(pieces, parts.items(), strict=True)
         }
 
-    return Family(torch.cat([start for start, _ in parts.values()], -1), member, masks)
+    def answer(batch: Batch) -> Tensor:
+        own = [site["fn"] for site in _sites(guide, batch).values()]
+        return torch.cat([_take_apart(q, q.batch_shape)[0] for q in own], -1)
+
+    return Family(torch.cat([start for start, _ in parts.values()], -1), member, answer, masks)
 
 
 def _sites(guide: Guide, batch: Batch) -> dict[str, Any]:

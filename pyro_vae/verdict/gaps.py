@@ -24,6 +24,7 @@ from pyro_vae.pair import (
     log_densities,
     log_prob_of,
     preserved_rng,
+    simulate,
 )
 from pyro_vae.tables import Tabular, by_datum
 from pyro_vae.verdict.family import Family, family_of
@@ -35,6 +36,8 @@ SWEEPS = 4
 """Sweeps of the step size; the last one tells whether there was more to gain."""
 DECAY = 1e-3
 """What the step size falls to within a sweep, relative to `lr`."""
+STARTS = 1024
+"""Simulated data whose answers are tried as another start."""
 SETTLED = 0.01
 """Nats that the last sweep may gain where the search is called settled."""
 ROUNDING = 1.0
@@ -127,13 +130,15 @@ def gaps(
       = \underbrace{\log p(x) - \mathcal L[q^*]}_{\text{approximation}}
       + \underbrace{\mathcal L[q^*] - \mathcal L[q]}_{\text{amortization}}$$
 
-    $q^*$ is the best member of the guide's own family for that datum. It is climbed to from the
-    guide's answer, all data together, by Adam on fresh draws, with the gradient of Roeder et
-    al., which has no noise where $q^*$ is exact, and with steps in units of the diagonal Fisher
-    information. In each of four sweeps the step size falls from `lr`; a datum keeps what a sweep
-    found if it does better on held-out draws, and what the last one gained is `drift`. The
-    guide's own answer is kept where nothing beats it. All ELBOs are then measured on further
-    draws, from the same random numbers for q and $q^*$.
+    $q^*$ is the best member of the guide's own family for that datum. It is climbed to by Adam on
+    fresh draws, all data together, with the gradient of Roeder et al., which has no noise where
+    $q^*$ is exact, and with steps in units of the diagonal Fisher information. In each of four
+    sweeps the step size falls from `lr`; a datum keeps what a sweep found if it does better on
+    held-out draws, and what the last one gained is `drift`. The first sweep starts twice: from
+    the guide's answer, and, as that may lie at a minor mode, from whichever of its answers to
+    1,024 simulated data suits the datum best. The guide's own answer is kept where nothing beats
+    it. All ELBOs are then measured on further draws, from the same random numbers for q and
+    $q^*$.
 
     Args:
         model: p(z) p(x | z).
@@ -156,8 +161,9 @@ def gaps(
     Warning:
         The family is that of the distribution at the site, its parameters free for each datum,
         also those that the guide shares between data. A family with several optima, such as a
-        Gaussian on a posterior of two modes, is climbed to the one nearby. Where `settled`
-        is false, more `steps` are due.
+        Gaussian on a posterior of two modes, may have a better one than both climbs reach, and
+        a guide that answers only to data it knows is climbed from its own answer alone. Where
+        `settled` is false, more `steps` are due.
 
     Raises:
         ValueError: a bad pair or batch, counts below their minimum, `log_evidence` of another
@@ -193,7 +199,7 @@ def gaps(
     slices = [slice(i, i + rows) for i in range(0, len(batch[0]), rows)]
     sweep = steps // SWEEPS
     blocks = math.ceil(evaluation_draws / draws)
-    bar = tqdm(total=SWEEPS * sweep * len(slices), desc="gaps", disable=not progress)
+    bar = tqdm(total=(SWEEPS + 1) * sweep * len(slices), desc="gaps", disable=not progress)
     with bar, preserved_rng(seed), frozen(model, guide), pyro.validation_enabled(False):
         parts = []
         for index in slices:
@@ -226,11 +232,11 @@ class _Search:
 
     def __call__(self, steps: int, lr: float) -> tuple[Tensor, ...]:
         """Log weights of q, of q*, and of the search before and after its last sweep."""
-        free = before = self.family.start
-        for _ in range(SWEEPS):
-            before, after = free, self._climb(free, steps, lr)
-            better = self._higher(self._member(after), self._member(before))
-            free = torch.where(better.unsqueeze(-1), after, before)
+        own = self.family.start
+        near, far = (self._climb(start, steps, lr) for start in (own, self._elsewhere()))
+        free = before = self._best(own, near, far)
+        for _ in range(1, SWEEPS):
+            before, free = free, self._best(free, self._climb(free, steps, lr))
         better = self._higher(self._member(free), self._amortized)
         kinds = self._amortized, self._member(before), self._member(free)
         q, first, last = self._weigh(*kinds)
@@ -240,6 +246,34 @@ class _Search:
     def family(self) -> Family:
         with torch.no_grad(), poutine.block():
             return family_of(self.guide, self.batch)
+
+    def _elsewhere(self) -> Tensor:
+        """Of the guide's answers to simulated data the one whose draw suits each datum best."""
+        rows = len(self.batch[0])
+        try:
+            with torch.no_grad(), poutine.block():
+                answers = [
+                    self.family.answer(simulate(self.model, self.batch)[1])
+                    for _ in range(math.ceil(STARTS / rows))
+                ]
+        except ValueError:  # of a guide that answers only to data it knows
+            return self.family.start
+        with torch.no_grad():
+            drawn = [self.family.draw(answer, 1, score=answer)[0] for answer in answers]
+            latents = {name: torch.cat([z[name][0] for z in drawn]) for name in drawn[0]}
+            blocks = torch.arange(rows * len(answers)).split(self.draws)
+            scores = [
+                self._log_joint({name: _to_all(z[some], rows) for name, z in latents.items()})
+                for some in blocks
+            ]
+        return torch.cat(answers)[torch.cat(scores).nan_to_num(-torch.inf).argmax(0)]
+
+    def _best(self, first: Tensor, *others: Tensor) -> Tensor:
+        """Of several λ the one with the highest ELBO, for each datum."""
+        for other in others:
+            better = self._higher(self._member(other), self._member(first))
+            first = torch.where(better.unsqueeze(-1), other, first)
+        return first
 
     def _climb(self, start: Tensor, steps: int, lr: float) -> Tensor:
         unit = self.family.unit(start, self.draws)
@@ -258,10 +292,15 @@ class _Search:
     def _log_weight(self, free: Tensor) -> Tensor:
         """Log p(x, z) − log q(z | λ), `(S, B)`; its gradient flows through `z` alone."""
         latents, log_q = self.family.draw(free, self.draws, score=free.detach())
+        return self._log_joint(latents) - log_q
+
+    def _log_joint(self, latents: dict[str, Tensor]) -> Tensor:
+        """Log p(x, z) of latents, each `(S, B, *event)`; `(S, B)`."""
         with poutine.block():
             conditioned = poutine.condition(self.model, data=latents)
             trace = poutine.trace(conditioned).get_trace(*self.batch)
-        return log_prob_of(all_sites(trace), (self.draws, len(free))) - log_q
+        draws, rows = next(iter(latents.values())).shape[:2]
+        return log_prob_of(all_sites(trace), (draws, rows))
 
     def _member(self, free: Tensor) -> Draw:
         return lambda: self._log_weight(free)
@@ -281,6 +320,11 @@ class _Search:
         """Where one has the higher ELBO, and one that log p(x) allows, `(B,)` bool."""
         elbo, rival = (weight.mean(0) for weight in self._weigh(one, other))
         return (elbo > rival) & (elbo < self.log_evidence.to(elbo) + ROUNDING)
+
+
+def _to_all(z: Tensor, rows: int) -> Tensor:
+    """Draws `(S, *event)` as those of each datum, `(S, B, *event)`."""
+    return z.unsqueeze(1).expand(len(z), rows, *z.shape[1:])
 
 
 def _check_evidence(value: Tensor, error: Tensor, size: int) -> None:
