@@ -140,10 +140,11 @@ def _factorised_log_prob(z: Tensor, loc: Tensor, scale: Tensor, log_weight: Tens
     """
     wide, loc, scale = z.double(), loc.double(), scale.double()
     precision = scale.square().reciprocal()
-    forms = torch.cat([-precision / 2, loc * precision], -1)
-    constant = -(loc.square() * precision / 2 + scale.log() + math.log(2 * math.pi) / 2).sum(-1)
-    features = torch.cat([wide.square(), wide], -1)
-    return linear(features, forms, constant + log_weight).to(z.dtype)
+    shift = loc * precision
+    constant = -(loc * shift / 2 + scale.log() + math.log(2 * math.pi) / 2).sum(-1) + log_weight
+    forms = torch.cat([-precision / 2, shift, constant.unsqueeze(-1)], -1)
+    features = torch.cat([wide.square(), wide, torch.ones_like(wide[..., :1])], -1)
+    return linear(features, forms).to(z.dtype)
 
 
 class GaussianMixture(nn.Module):

@@ -239,6 +239,44 @@ def test_a_vamp_prior_left_in_eval_mode_learns_under_compile(digits: pv.data.Dat
     )
 
 
+def test_a_mixture_prior_is_compiled_and_learns_the_same(digits: pv.data.Dataset) -> None:
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, guide = catalogue_pair(digits.train[0], prior="mixture")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pv.fit(model, guide, digits, epochs=2, progress=False, compile=compiled)
+        found.append([p.detach() for p in model.prior.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_where_the_update_does_not_compile_the_gradient_does(
+    digits: pv.data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, called = Recorded.compiled, []
+
+    def stumble(self: Recorded, *inputs: Tensor) -> Any:
+        called.append(self)
+        if len(called) == 1:
+            raise CannotCaptureError("KeyError: 'buf50'")
+        return compiled(self, *inputs)
+
+    monkeypatch.setattr(Recorded, "compiled", stumble)
+    ends = []
+    for wanted in (True, False):
+        torch.manual_seed(0)
+        pair = digits_pair()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pv.fit(*pair, digits, epochs=2, progress=False, compile=wanted)
+        ends.append([p.detach() for part in pair for p in part.parameters()])
+    assert len(called) == 2
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_generator_of_ones_own_cannot_be_recorded() -> None:
     generator = torch.Generator()
     with pytest.raises(CannotCaptureError):

@@ -77,8 +77,8 @@ class Steps:
 class RecordedSteps(Steps):
     """The same, with Pyro's effect handlers at the recording only.
 
-    Batches of the first shape are compiled, with the update too where it is Adam's and one
-    process works; others (the last of an epoch) replay a recording of their own.
+    Batches of the first shape are compiled, with the update too where it is Adam's, one process
+    works and the compiler can; others (the last of an epoch) replay a recording of their own.
 
     Args:
         *args: see `Steps`; the loss is a function of tensors alone.
@@ -147,7 +147,10 @@ class RecordedSteps(Steps):
                 self.update(present if self.clip is None else _clipped(present, self.clip))
             return loss
 
-        self.whole = Recorded(whole, *batch).compiled(*batch)
+        try:
+            self.whole = Recorded(whole, *batch).compiled(*batch)
+        except CannotCaptureError:  # the compiler knows the gradient more often than both
+            self.recordings[self.shape] = recorded.compiled(*batch)
 
 
 def _clipped(gradients: list[Tensor], clip: float) -> list[Tensor]:
