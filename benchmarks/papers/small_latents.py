@@ -379,7 +379,7 @@ def figure(runs: Path, prior: str = "standard", seed: int = 0, digits: int = 6) 
     worst = torch.where(near == best, best, -torch.inf).argsort(descending=True)[:digits]
     rows = (x[worst],)
 
-    page = Figure(figsize=(12, 8.4), dpi=150, layout="constrained")
+    page = Figure(figsize=(12, 7.6), dpi=150, layout="constrained")
     top, bottom = page.subfigures(2, 1, height_ratios=[1, 1.15])
     left, right = top.subplots(1, 2, width_ratios=[1.5, 1])
     _dots(left, records)
@@ -435,7 +435,7 @@ def _khat(ax: Any, images: dict[str, Tensor], whose: str) -> None:
     ax.set_ylabel("k-hat")
     bad = images["kl"] > 0.2
     missed = (images["khat"][bad] <= 0.7).double().mean()
-    ax.set_title(f"k-hat misses {missed:.0%} of the images to the right", fontsize=11)
+    ax.set_title(f"k-hat misses {missed:.0%} of images with KL > 0.2", fontsize=11)
 
 
 def main() -> None:
