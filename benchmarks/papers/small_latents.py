@@ -39,7 +39,7 @@ import pyro_vae as pv
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/papers/small_latents.json"
 RUNS = ROOT / "runs/papers/small_latents"
-COST = "about 20 minutes of one core for a prior and seed with 1,000 images"
+COST = "about 25 minutes of one core for a prior and seed with 1,000 images"
 HIDDEN, COMPONENTS, IWAE = (200, 200), 50, (5, 50, 500)
 SLOW_ROWS = {
     "local": 1000,

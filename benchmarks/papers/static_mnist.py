@@ -264,7 +264,8 @@ def figure() -> None:
                 value, i, xerr=2 * error, fmt=marker, color=f"C{i}", mfc=fill,
                 label=names.pop(name, None),
             )  # fmt: skip
-        if (paper := ROWS[r["row"]].paper) is not None:
+        row = ROWS[r["row"]]
+        if (paper := ROWS[row.start or r["row"]].paper) is not None:
             right.plot(paper, i, "k|", markersize=16, label=names.pop("paper", None))
     best = max(max(r["curve"]["train"]) for r in known)
     left.set(xlabel="epoch", ylabel="ELBO, nats", ylim=(best - 20, best + 1))
