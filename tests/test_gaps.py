@@ -57,7 +57,7 @@ def test_a_family_that_holds_the_posterior_has_no_approximation_gap(
     x = model(None, size=8).detach()
     evidence = model.log_evidence(x).detach()
     found = quiet(model, _full(model, shift, scale), (x,), log_evidence=evidence, steps=640)
-    assert found.settled.all() and found.approximation.abs().max() < 5e-3
+    assert found.settled.all() and found.approximation.abs().max() < 1e-3
     assert (found.amortization > 5 * found.amortization_se).all()
 
 
@@ -141,7 +141,9 @@ def test_a_larger_family_approximates_better(trained: Pair, digits: Any) -> None
     x = digits.test[0][:8]
     exact = quadrature(trained.model, (x,)).log_evidence
     small, full, refined = (
-        quiet(trained.model, guide, (x,), log_evidence=exact)
+        quiet(
+            trained.model, guide, (x,), log_evidence=exact, steps=1000, evaluation_draws=8000
+        )
         for guide in (
             trained.guide,
             _as_full(trained.guide),
@@ -154,6 +156,7 @@ def test_a_larger_family_approximates_better(trained: Pair, digits: Any) -> None
         assert (found.amortization > -4 * found.amortization_se).all()
     error = torch.hypot(small.approximation_se, full.approximation_se)
     assert (full.approximation < small.approximation + 4 * error).all()
+    assert full.approximation.mean() < 0.8 * small.approximation.mean()
     assert refined.amortization.mean() < small.amortization.mean()
     error = torch.hypot(small.approximation_se, refined.approximation_se)
     assert_z(small.approximation, refined.approximation, error)

@@ -162,8 +162,9 @@ def gaps(
         The family is that of the distribution at the site, its parameters free for each datum,
         also those that the guide shares between data. A family with several optima, such as a
         Gaussian on a posterior of two modes, may have a better one than both climbs reach, and
-        a guide that answers only to data it knows is climbed from its own answer alone. Where
-        `settled` is false, more `steps` are due.
+        a guide that answers only to data it knows, or a likelihood that cannot be drawn from,
+        leaves the guide's own answer as the one start. Where `settled` is false, more `steps` are
+        due.
 
     Raises:
         ValueError: a bad pair or batch, counts below their minimum, `log_evidence` of another
@@ -256,7 +257,7 @@ class _Search:
                     self.family.answer(simulate(self.model, self.batch)[1])
                     for _ in range(math.ceil(STARTS / rows))
                 ]
-        except ValueError:  # of a guide that answers only to data it knows
+        except (ValueError, NotImplementedError):  # a guide of its own data, x that is not drawn
             return self.family.start
         with torch.no_grad():
             drawn = [self.family.draw(answer, 1, score=answer)[0] for answer in answers]
