@@ -141,9 +141,7 @@ def test_a_larger_family_approximates_better(trained: Pair, digits: Any) -> None
     x = digits.test[0][:8]
     exact = quadrature(trained.model, (x,)).log_evidence
     small, full, refined = (
-        quiet(
-            trained.model, guide, (x,), log_evidence=exact, steps=1000, evaluation_draws=8000
-        )
+        quiet(trained.model, guide, (x,), log_evidence=exact, steps=1000, evaluation_draws=8000)
         for guide in (
             trained.guide,
             _as_full(trained.guide),
