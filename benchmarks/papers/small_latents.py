@@ -127,10 +127,11 @@ def peak(exact: dict[str, Tensor], rows: int) -> Callable[[Tensor], Tensor]:
 def truth(model: Any, x: Tensor, folder: Path) -> dict[str, Tensor]:
     """Log p(x), moments, modes and peak of each posterior, by quadrature; kept on disk."""
     parts = []
-    for start in range(0, len(x), 250):
-        path = folder / f"truth/{start}-{min(start + 250, len(x))}.npz"
+    for start in range(0, len(x), 2500):
+        rows = x[start : start + 2500]
+        path = folder / f"truth/{start}-{start + len(rows)}.npz"
         if not path.exists():
-            exact = pv.posterior.quadrature(model, (x[start : start + 250],))
+            exact = pv.posterior.quadrature(model, (rows,))
             densities = [exact.density(b) for b in range(len(exact.mean))]
             highest = [(z.flatten(0, 1)[d.argmax()], d.max()) for z, d in densities]
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,8 @@ from pyro_vae.checks import check_model
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import Batch, Model, evaluating, preserved_rng
 from pyro_vae.posterior.draws import Draws
+from pyro_vae.posterior.grid import Grid, extent, unit_nodes
+from pyro_vae.posterior.lattice import Shared
 from pyro_vae.tables import Tabular, by_datum
 
 if TYPE_CHECKING:
@@ -21,18 +23,17 @@ NODES = {1: (129, 128), 2: (41, 48), 3: (17, 24)}
 """By `L`: nodes a side while the grid is being placed, and at its first evaluation."""
 BLOCK = 2**15
 """Nodes of all data whose grids are placed together."""
-DEPTH = 30.0
-"""The grid covers all that is within so many nats of the highest density."""
 
 
 @dataclass(frozen=True, repr=False)
 class Quadrature(Tabular):
-    """The posterior of `B` data on a grid of its own each.
+    """The posteriors of `B` data, each on a grid.
 
     Attributes:
         log_evidence: log p(x), nats, `(B,)`, float64.
-        error: how far a grid of half as many nodes a side was from it, nats, `(B,)`. For
-            smooth densities the true error is far smaller: it is about the square.
+        error: how far a grid of half as many nodes a side was from it, nats, `(B,)`; the farthest
+            of them where several are at hand. For smooth densities the true error is far smaller:
+            it is about the square.
         mean: posterior mean of the stacked latents, `(B, L)`.
         covariance: posterior covariance, `(B, L, L)`.
         grids: where the nodes are, and the probability of each cell.
@@ -80,7 +81,7 @@ class Quadrature(Tabular):
 
         The spread within a cell would add (its side)²/12 to the variance along each axis of the
         grid; draws are pulled to the mean by that much, so that mean and covariance are those
-        of the grid. What is left is a shape smoothed over a cell, 0.1 to 0.5 sd wide.
+        of the grid. What is left is a shape smoothed over a cell, 0.1 to 0.6 sd wide.
 
         Args:
             draws: `S`.
@@ -96,47 +97,6 @@ class Quadrature(Tabular):
         return Draws({name: v.unsqueeze(0) for name, v in sites.items()}, method="quadrature")
 
 
-class Grid(NamedTuple):
-    """The grid of one datum: nodes at `center + axes @ t`, `t` at midpoints of [-1, 1]^L.
-
-    Coordinates are unconstrained, as in `LogJoint`; float64, on the CPU.
-    """
-
-    center: Tensor
-    """`(L,)`"""
-    axes: Tensor
-    """`(L, L)`, a half side a column"""
-    probability: Tensor
-    """of each cell, `(n, ..., n)`, sums to 1"""
-
-    @property
-    def nodes(self) -> Tensor:
-        """`(n, ..., n, L)`."""
-        unit = _unit_nodes(self.probability.shape[0], len(self.center))
-        return (self.center + unit @ self.axes.mT).reshape(*self.probability.shape, -1)
-
-    @property
-    def density(self) -> Tensor:
-        """p(z | x) at each node, `(n, ..., n)`, per unit of volume."""
-        cell = self.axes.det().abs() * (2 / self.probability.shape[0]) ** len(self.center)
-        return self.probability / cell
-
-    def sample(self, draws: int, generator: torch.Generator) -> Tensor:
-        """`(S, L)` independent draws."""
-        flat = self.probability.flatten()
-        index = torch.searchsorted(
-            flat.cumsum(0), torch.rand(draws, generator=generator, dtype=flat.dtype) * flat.sum()
-        ).clamp_max(len(flat) - 1)
-        unit = _unit_nodes(self.probability.shape[0], len(self.center))
-        side = 2 / self.probability.shape[0]
-        middle = flat @ unit
-        variance = flat @ (unit - middle).square()
-        jitter = torch.rand(draws, len(self.center), generator=generator, dtype=flat.dtype) - 0.5
-        pull = (variance / (variance + side**2 / 12)).sqrt()
-        points = middle + pull * (unit[index] + side * jitter - middle)
-        return self.center + points @ self.axes.mT
-
-
 def quadrature(
     model: Model,
     batch: Batch,
@@ -150,7 +110,13 @@ def quadrature(
 
     $$\log p(x) = \log \int p(x, z)\,dz \approx \log \sum_i p(x, z_i) + \log |\text{cell}|$$
 
-    Each datum gets a grid of its own. It starts from the range of the prior's draws, grows
+    Many data under one decoder (8 or more, in one and two dimensions; Bernoulli or Normal; the
+    rows only observed) share lattices first: latents are decoded once for all data, and a matrix
+    product scores them. The first lattice covers the prior's range, the next ones the
+    neighbourhoods of data that it does not resolve.
+
+    Each datum that no lattice resolves gets a grid of its own. It starts from where a lattice
+    found it, or from the range of the prior's draws, grows
     where density reaches its border, shrinks to all cells that may hold density (a cell is
     kept while its value plus its steepest change to a neighbour comes within 30 nats of the
     highest, so that a peak between coarse nodes survives where its flanks show), and turns to
@@ -172,8 +138,8 @@ def quadrature(
 
     Warning:
         A second mode so narrow that no node of the first, prior-wide grid sees its flanks is
-        missed, in silence: 0.01 of the prior's range in two dimensions. Compare with MCMC
-        where that may be.
+        missed, in silence: 0.01 of the prior's range in two dimensions, 0.002 where data share
+        lattices. Compare with MCMC where that may be.
 
     Raises:
         ValueError: more than 3 latent dimensions; a datum without likelihood; a density
@@ -199,30 +165,36 @@ def quadrature(
                 f"quadrature is for at most 3 latent dimensions; this model has {target.size}"
                 "\n  try:      pv.posterior.nuts(model, batch)"
             )
-        low, high = _prior_range(target, chunk)
+        shared = Shared(target, *_prior_range(target, chunk), tolerance, chunk)
+        found = {
+            b: _Found(shared.log_evidence[b], shared.error[b], grid)
+            for b, grid in shared.grids.items()
+        }
+        left = torch.tensor([b for b in range(len(batch[0])) if b not in found], dtype=torch.long)
         step = max(1, BLOCK // NODES[target.size][0] ** target.size)
-        blocks = [
-            _integrate(target.rows(slice(i, i + step)), low, high, i, tolerance, max_nodes, chunk)
-            for i in range(0, len(batch[0]), step)
-        ]
+        for index in left.split(step) if len(left) else ():
+            low, high = shared.low[index], shared.high[index]
+            box = _Box((low + high) / 2, torch.diag_embed((high - low) / 2))
+            own = _integrate(target.rows(index), box, index, tolerance, max_nodes, chunk)
+            found |= dict(zip(index.tolist(), own, strict=True))
+        rows = [found[b] for b in range(len(batch[0]))]
+        moments = [_moments(target, b, row.grid) for b, row in enumerate(rows)]
     return Quadrature(
-        log_evidence=torch.cat([block.log_evidence for block in blocks]),
-        error=torch.cat([block.error for block in blocks]),
-        mean=torch.cat([block.mean for block in blocks]),
-        covariance=torch.cat([block.covariance for block in blocks]),
-        grids=tuple(grid for block in blocks for grid in block.grids),
+        log_evidence=torch.stack([row.log_evidence for row in rows]),
+        error=torch.stack([row.error for row in rows]),
+        mean=torch.stack([mean for mean, _ in moments]),
+        covariance=torch.stack([covariance for _, covariance in moments]),
+        grids=tuple(row.grid for row in rows),
         _target=target,
     )
 
 
-class _Block(NamedTuple):
-    """The fields of `Quadrature` for a few rows."""
+class _Found(NamedTuple):
+    """What is found for one datum."""
 
     log_evidence: Tensor
     error: Tensor
-    mean: Tensor
-    covariance: Tensor
-    grids: list[Grid]
+    grid: Grid
 
 
 class _Box(NamedTuple):
@@ -236,51 +208,40 @@ class _Box(NamedTuple):
 
     def nodes(self, side: int) -> Tensor:
         """`(side**L, B, L)`."""
-        unit = _unit_nodes(side, self.center.shape[-1])
+        unit = unit_nodes([side] * self.center.shape[-1])
         return self.center + torch.einsum("blk,mk->mbl", self.axes, unit)
 
 
 def _integrate(
-    target: LogJoint,
-    low: Tensor,
-    high: Tensor,
-    first: int,
-    tolerance: float,
-    max_nodes: int,
-    chunk: int,
-) -> _Block:
-    count, dim = len(target.batch[0]), target.size
+    target: LogJoint, box: _Box, index: Tensor, tolerance: float, max_nodes: int, chunk: int
+) -> list[_Found]:
+    """Integrate each datum on a grid of its own, which starts from its box."""
+    dim = target.size
     coarse, side = NODES[dim]
-    half = torch.diag_embed((high - low) / 2)
-    box = _Box(((low + high) / 2).expand(count, dim), half.expand(count, dim, dim))
     for _ in range(2):
-        box = _turn(*_fit(target, box, coarse, first, chunk), coarse)
-    box, _, _ = _fit(target, box, coarse, first, chunk)
+        box = _turn(*_fit(target, box, coarse, index, chunk), coarse)
+    box, _, _ = _fit(target, box, coarse, index, chunk)
 
     log_evidence = _log_sum(_evaluate(target, box.nodes(side // 2), chunk), box, side // 2)
-    error = torch.full_like(log_evidence, torch.inf)
-    moments: dict[int, tuple[Tensor, Tensor]] = {}
-    grids: dict[int, Grid] = {}
-    todo = torch.arange(count)
+    found: dict[int, _Found] = {}
+    todo = torch.arange(len(index))
     while len(todo):
         part, sub = target.rows(todo), box.rows(todo)
         values = _evaluate(part, sub.nodes(side), chunk)
         finer = _log_sum(values, sub, side)
-        error[todo] = (finer - log_evidence[todo]).abs()
+        error = (finer - log_evidence[todo]).abs()
         log_evidence[todo] = finer
-        done = (error[todo] < tolerance) | ((2 * side) ** dim > max_nodes)
+        done = (error < tolerance) | ((2 * side) ** dim > max_nodes)
         for j in done.nonzero().flatten().tolist():
-            b, probability = int(todo[j]), values[:, j].softmax(0)
-            grid = Grid(sub.center[j], sub.axes[j], probability.reshape([side] * dim))
-            moments[b] = _moments(target.rows(slice(b, b + 1)), grid)
-            grids[b] = grid
+            probability = values[:, j].softmax(0).reshape([side] * dim)
+            grid = Grid(sub.center[j], sub.axes[j], probability)
+            found[int(todo[j])] = _Found(finer[j], error[j], grid)
         todo, side = todo[~done], 2 * side
-    mean, covariance = (torch.stack([moments[b][k] for b in range(count)]) for k in (0, 1))
-    return _Block(log_evidence, error, mean, covariance, [grids[b] for b in range(count)])
+    return [found[j] for j in range(len(index))]
 
 
 def _fit(
-    target: LogJoint, box: _Box, side: int, first: int, chunk: int
+    target: LogJoint, box: _Box, side: int, index: Tensor, chunk: int
 ) -> tuple[_Box, Tensor, Tensor]:
     """Grow and shrink each box until it just holds all cells that may matter.
 
@@ -295,8 +256,8 @@ def _fit(
         seen[:, active] = sub.nodes(side)
         values[:, active] = _evaluate(part, seen[:, active], chunk)
         shaped = values[:, active].T.reshape(-1, *[side] * target.size)
-        _refuse_impossible(shaped, first + active)
-        low, high = _extent(shaped, side)
+        _refuse_impossible(shaped, index[active])
+        low, high = extent(shaped, side)
         grows = (low < -1.01) | (high > 1.01)
         low = torch.where(grows, low.clamp_max(-1), low)  # an axis that grows does not shrink
         high = torch.where(grows, high.clamp_min(1), high)
@@ -308,29 +269,10 @@ def _fit(
         if not len(active):
             return box, seen, values
     raise ValueError(
-        f"no box holds the posterior of data {(first + active).tolist()[:5]}: it does not fall off"
+        f"no box holds the posterior of data {index[active].tolist()[:5]}: it does not fall off"
         "\n  expected: a proper prior"
         "\n  try:      pv.check_pair(model, guide, batch), and look at the prior's scales"
     )
-
-
-def _extent(values: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The part of [-1, 1]^L that may matter, and beyond where the border does; `(B, L)` each."""
-    dim = values.dim() - 1
-    top = values.flatten(1).max(1).values.reshape(-1, *[1] * dim)
-    likely = values > top - DEPTH
-    possible = values + _steepest(values) > top - DEPTH
-    low, high = [], []
-    for axis in range(1, dim + 1):
-        others = [other for other in range(1, dim + 1) if other != axis]
-        here, maybe = (seen.any(dim=others) if others else seen for seen in (likely, possible))
-        start = (maybe.int().argmax(1) - 1.0).clamp_min(0)
-        stop = (side + 1.0 - maybe.flip(1).int().argmax(1)).clamp_max(side)
-        low.append(torch.where(here[:, 0], -side / 4, start))
-        high.append(torch.where(here[:, -1], side * 1.25, stop))
-    return torch.stack(low, 1).double() * 2 / side - 1, torch.stack(
-        high, 1
-    ).double() * 2 / side - 1
 
 
 def _refuse_impossible(values: Tensor, index: Tensor) -> None:
@@ -341,18 +283,6 @@ def _refuse_impossible(values: Tensor, index: Tensor) -> None:
             "\n  expected: a finite log p(x, z) for some z"
             "\n  try:      pv.check_pair(model, guide, batch)"
         )
-
-
-def _steepest(values: Tensor) -> Tensor:
-    """The largest change from each node to a neighbour along an axis, `(B, n, ..., n)`."""
-    finite = values.clamp_min(torch.finfo(values.dtype).min / 4)
-    slack = torch.zeros_like(values)
-    for axis in range(1, values.dim()):
-        change = finite.diff(dim=axis).abs()
-        edge = torch.zeros_like(change.narrow(axis, 0, 1))
-        slack = torch.maximum(slack, torch.cat([change, edge], axis))
-        slack = torch.maximum(slack, torch.cat([edge, change], axis))
-    return slack
 
 
 def _turn(box: _Box, nodes: Tensor, values: Tensor, side: int) -> _Box:
@@ -381,9 +311,9 @@ def _log_sum(values: Tensor, box: _Box, side: int) -> Tensor:
     return values.logsumexp(0) + cell.log()
 
 
-def _moments(target: LogJoint, grid: Grid) -> tuple[Tensor, Tensor]:
-    nodes = grid.nodes.flatten(0, -2).unsqueeze(1)
-    sites, _ = target.constrain(nodes.to(target.batch[0].device, target.dtype))
+def _moments(target: LogJoint, datum: int, grid: Grid) -> tuple[Tensor, Tensor]:
+    nodes = grid.nodes.flatten(0, -2).unsqueeze(1).to(target.batch[0].device, target.dtype)
+    sites, _ = target.rows(slice(datum, datum + 1)).constrain(nodes)
     z = torch.cat([value.reshape(len(nodes), -1) for value in sites.values()], -1).double().cpu()
     weights = grid.probability.flatten()
     mean = weights @ z
@@ -400,8 +330,3 @@ def _prior_range(target: LogJoint, chunk: int) -> tuple[Tensor, Tensor]:
     high = torch.stack([end.max for end in ends]).max(0).values
     margin = (high - low) / 4
     return low - margin, high + margin
-
-
-def _unit_nodes(side: int, dim: int) -> Tensor:
-    line = (torch.arange(side, dtype=torch.float64) + 0.5) * (2 / side) - 1
-    return torch.cartesian_prod(*[line] * dim).reshape(-1, dim)
