@@ -79,6 +79,8 @@ def test_static_mnist(
     recipe = _recipe("static_mnist", monkeypatch, tmp_path / "r.json")
     monkeypatch.setattr(recipe, "COMPONENTS", 10)
     monkeypatch.setattr(recipe, "DRAWS", 200)
+    fit = pv.fit
+    monkeypatch.setattr(pv, "fit", lambda *pair, **how: fit(*pair, **how | {"compile": False}))
     runs = ["--runs", str(tmp_path / "runs"), "--warm-up", "1"]
     monkeypatch.setattr(sys, "argv", ["r", "fit", "vamp", "--epochs", "2", *runs])
     recipe.main()
@@ -88,9 +90,15 @@ def test_static_mnist(
     assert "not yet" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["r", "confirm", "vamp", "--few", "3", *runs])
     recipe.main()
-    (record,) = json.loads((tmp_path / "r.json").read_text())
+    for row in ("vamp, averaged", "vamp, tighter"):
+        monkeypatch.setattr(sys, "argv", ["r", "fit", row, "--epochs", "1", *runs])
+        recipe.main()
+    monkeypatch.setattr(sys, "argv", ["r", "evaluate", "vamp, tighter", *runs])
+    recipe.main()
+    record, tighter = json.loads((tmp_path / "r.json").read_text())
     assert record["epochs"] == 2 and record["draws"] == 200 and record["few_rows"] == 3
     assert record["elbo"] < record["log_likelihood"] < 0
+    assert tighter["epochs"] == len(tighter["curve"]["train"]) == 1
     assert "quoted by pythae" in capsys.readouterr().out
     monkeypatch.setattr(recipe, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
