@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pairs import Pair, random_ppca
@@ -63,53 +65,174 @@ def test_crossed_is_the_log_joint(double: None) -> None:
     batch = torch.rand(5, 2).round(), torch.randn(5)
     target, points = LogJoint(_two_sites, batch), torch.randn(7, 3)
     scores = crossed(target, points, chunk=3)
-    assert scores is not None
     direct = target(points.unsqueeze(1).expand(7, 5, 3))
     torch.testing.assert_close(scores, direct.mT)
-    assert shares_latents(target)
+    assert shares_latents(target, points)
 
 
-def _by_row(x: Tensor, c: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z + c, 1.0).to_event(1), obs=x)
+def _likelihood(mean: Any, x: Tensor, width: float = 1.0) -> None:
+    pyro.sample("x", dist.Normal(mean, width).to_event(1), obs=x)
+
+
+def _covariate(x: Tensor, c: Tensor, z: Tensor) -> None:
+    _likelihood(z + c, x)
+
+
+def _gated(x: Tensor, c: Tensor, z: Tensor) -> None:
+    """The rows differ only where few draws of the prior fall."""
+    _likelihood(z + c * (z - 2).relu(), x)
+
+
+def _faint(x: Tensor, c: Tensor, z: Tensor) -> None:
+    """Differences that are small beside log p(x, z), and not beside the posterior's spread."""
+    _likelihood(z + 1e-4 * c, x, width=0.01)
+
+
+def _masked(x: Tensor, c: Tensor, z: Tensor) -> None:
+    seen: Any = c[:, 0] > 0
+    with poutine.mask(mask=seen):
+        _likelihood(z, x)
+
+
+def _masked_fn(x: Tensor, c: Tensor, z: Tensor) -> None:
+    pyro.sample("x", dist.Normal(z, 1.0).to_event(1).mask(c[:, 0] > 0), obs=x)
+
+
+def _heavy(x: Tensor, c: Tensor, z: Tensor) -> None:
+    pyro.sample("x", dist.StudentT(5.0, z, 1.0).to_event(1), obs=x)
+
+
+class _Shifted(dist.Normal):
+    """A Normal that scores something else."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value - 1)
+
+
+def _overriding(x: Tensor, c: Tensor, z: Tensor) -> None:
+    pyro.sample("x", _Shifted(z, 1.0).to_event(1), obs=x)
+
+
+def _model(
+    likelihood: Callable[[Tensor, Tensor, Tensor], None], **plate: int
+) -> Callable[[Tensor, Tensor], None]:
+    def model(x: Tensor, c: Tensor) -> None:
+        size = plate.get("size", len(x))
+        with pyro.plate("data", size, subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            likelihood(x, c, z)
+
+    return model
 
 
 def _own_prior(x: Tensor, c: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(c, 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+        _likelihood(z, x)
 
 
-def _masked(x: Tensor, c: Tensor) -> None:
+def _own_support(x: Tensor, c: Tensor) -> None:
     with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-        seen = dist.Normal(z, 1.0).to_event(1).mask(c[:, 0] > 0)
-        pyro.sample("x", seen, obs=x)
+        z = pyro.sample("z", dist.Uniform(c - 9, c + 9).to_event(1))
+        _likelihood(z, x)
 
 
-def _heavy(x: Tensor, c: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-        pyro.sample("x", dist.StudentT(5.0, z, 1.0).to_event(1), obs=x)
+def _global(x: Tensor, c: Tensor) -> None:
+    pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=torch.ones(3))
+    _model(lambda x, c, z: _likelihood(z, x))(x, c)
 
 
-@pytest.mark.parametrize("model", [_by_row, _own_prior, _masked, _heavy])
+def _by_sum(model: Any, x: Tensor, c: Tensor) -> Tensor:
+    """Log p(x) of one latent by a sum over many nodes of one line."""
+    line = torch.linspace(-14, 14, 40_001)
+    target = LogJoint(model, (x, c))
+    z = {"z": line.reshape(-1, 1, 1).expand(-1, len(x), 1)}
+    scores = target._score(z, (len(line), len(x)))
+    return sum(scores).logsumexp(0) + (line[1] - line[0]).log()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *map(_model, (_covariate, _gated, _faint, _masked, _masked_fn, _heavy, _overriding)),
+        _model(lambda x, c, z: _likelihood(z, x), size=60),
+        _own_prior, _global,
+    ],
+    ids=[
+        "covariate", "gated", "faint", "mask", "masked distribution", "StudentT", "subclass",
+        "subsampled", "own prior", "global site",
+    ],
+)  # fmt: skip
 def test_who_gets_a_grid_of_its_own(double: None, model: Any) -> None:
-    x, c = torch.randn(40, 1), torch.randn(40, 1)
-    assert not shares_latents(LogJoint(model, (x, c)))
+    x, c = 2 * torch.randn(40, 1), torch.randn(40, 1)
+    x[:4] = 4  # beyond the gate
+    target = LogJoint(model, (x, c))
+    assert not shares_latents(target, torch.linspace(-6, 6, 400).unsqueeze(1))
     exact = quadrature(model, (x, c))
-    marginal = dist.Normal(0.0, 2.0**0.5)
-    truth = {
-        _by_row: marginal.log_prob(x - c),
-        _own_prior: marginal.log_prob(x - c),
-        _masked: marginal.log_prob(x) * (c > 0),
-    }.get(model)
-    if truth is None:
-        line = torch.linspace(-12, 12, 20_001)
-        joint = dist.Normal(0.0, 1.0).log_prob(line) + dist.StudentT(5.0, line, 1.0).log_prob(x)
-        truth = joint.logsumexp(-1, keepdim=True) + (line[1] - line[0]).log()
-    torch.testing.assert_close(exact.log_evidence, truth.squeeze(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(exact.log_evidence, _by_sum(model, x, c), atol=1e-5, rtol=0)
+
+
+def test_supports_of_their_own(double: None) -> None:
+    x, c = torch.randn(40, 1), torch.randn(40, 1)
+    assert not shares_latents(LogJoint(_own_support, (x, c)), torch.linspace(-6, 6, 9)[:, None])
+    exact = quadrature(_own_support, (x, c))
+    edges = dist.Normal(x, 1.0).cdf(c + 9) - dist.Normal(x, 1.0).cdf(c - 9)
+    truth = (edges / 18).log().squeeze(1)
+    torch.testing.assert_close(exact.log_evidence, truth, atol=1e-5, rtol=0)
+
+
+def test_what_shares_all_the_same(double: None) -> None:
+    """Images, models that write to their rows, and what they note beside."""
+
+    def model(x: Tensor) -> None:
+        x.clamp_(-100, 100)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.deterministic("twice", 2 * z)
+            mean = z[..., None, None].expand(*z.shape[:-1], 1, 2, 3)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    x = torch.randn(40, 1, 2, 3)
+    assert shares_latents(LogJoint(model, (x,)), torch.randn(50, 1))
+    evidence = quadrature(model, (x,)).log_evidence
+    truth = dist.MultivariateNormal(torch.zeros(6), torch.eye(6) + 1).log_prob(x.flatten(1))
+    torch.testing.assert_close(evidence, truth, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_data_far_from_zero(double: None, scale: float) -> None:
+    """The squares of such data are 10¹² times their spread."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            _likelihood(1e6 * scale + scale * z.expand(*z.shape[:-1], 10), x, width=scale)
+
+    x = 1e6 * scale + scale * (torch.randn(40, 1) + torch.randn(40, 10))
+    exact = quadrature(model, (x,))
+    spread = dist.MultivariateNormal(torch.zeros(10), torch.eye(10) + 1)
+    truth = spread.log_prob(x / scale - 1e6) - 10 * torch.tensor(scale).log()
+    torch.testing.assert_close(exact.log_evidence, truth, atol=1e-6, rtol=0)
+
+
+def test_no_more_nodes_than_allowed(double: None) -> None:
+    model = random_ppca()
+    exact = quadrature(model, (model(None, size=20).detach(),), max_nodes=2304)
+    assert max(grid.probability.numel() for grid in exact.grids) <= 2304
+
+
+def test_blocks_change_nothing(double: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_ppca(6, 2, noise=0.3)
+    x = model(None, size=90).detach()
+    whole = quadrature(model, (x,))
+    monkeypatch.setattr(lattice, "ROWS", 32)
+    monkeypatch.setattr(lattice, "FEW", 8)
+    pieces = quadrature(model, (x,))
+    torch.testing.assert_close(whole.log_evidence, pieces.log_evidence)
+    torch.testing.assert_close(whole.mean, pieces.mean)
+    assert [grid.probability.shape for grid in whole.grids] == [
+        grid.probability.shape for grid in pieces.grids
+    ]
 
 
 def test_far_modes_among_many_data(double: None) -> None:
@@ -128,17 +251,15 @@ def test_far_modes_among_many_data(double: None) -> None:
     assert (exact.mean[:, 0].abs() < 1e-3).all()
 
 
-def test_the_decoder_runs_once_a_latent(double: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice as many data do not make it decode twice as much."""
-    model, decoded = random_ppca(6, 2, noise=0.3), []
-
-    def counting(target: LogJoint, points: Tensor, **how: Any) -> Tensor | None:
-        decoded.append(len(points))
-        return crossed(target, points, **how)
-
-    x = model(None, size=400).detach()
-    monkeypatch.setattr(lattice, "crossed", counting)
-    quadrature(model, (x[:200],))
-    half = sum(decoded)
-    quadrature(model, (x,))
-    assert sum(decoded) - half < 1.5 * half
+def test_the_decoder_runs_once_a_latent(digits: Any, trained: Pair) -> None:
+    """Scoring 300 data at 500 latents decodes 500 rows, and the 300 once to read them."""
+    decoded: list[int] = []
+    hook = trained.model.decoder.register_forward_hook(
+        lambda module, inputs, features: decoded.append(features.shape[:-1].numel())
+    )
+    target = LogJoint(trained.model, (digits.train[0][:300],))
+    decoded.clear()
+    with torch.no_grad():
+        crossed(target, torch.randn(500, 2))
+    hook.remove()
+    assert 500 <= sum(decoded) < 820

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -12,97 +14,150 @@ from torch.distributions import Bernoulli, Independent, Normal
 from torch.nn.functional import softplus
 
 from pyro_vae.log_joint import LogJoint
-from pyro_vae.pair import all_sites, log_prob_of
+from pyro_vae.pair import all_sites, log_prob_of, observed_sites
+
+PIXELS = 2**22
+"""Pixels of all latents that are decoded at once, at most."""
 
 
-def crossed(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> Tensor | None:
-    r"""Score each of `B` data at each of `M` latents.
+def crossed(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> Tensor:
+    r"""Score each of `B` data at each of `M` latents, for a target that `shares_latents`.
 
-    $$\log p(x_b, z_m) = \log p(z_m) + T(x_b)^\top \eta(z_m) - A(z_m) + c(x_b)$$
+    $$\log p(x_b, z_m) = \log p(z_m) + T(x_b)^\top \eta(z_m) - A(z_m) + c$$
 
-    for a likelihood of an exponential family: the decoder is run at each latent, not for each
-    datum at each latent, and a matrix product does the rest. The model is asked with its first
-    row repeated: `shares_latents` says whether that holds for the others.
+    for a likelihood of an exponential family: the decoder is run at each latent, with the first
+    datum in the rows, not for each datum at each latent; a matrix product does the rest.
 
     Args:
         target: the posteriors of `B` data.
         points: unconstrained latents, `(M, L)`.
-        chunk: latents decoded at once.
+        chunk: latents decoded at once, at most.
 
     Returns:
-        `(B, M)` nats, float64, on the CPU; `None` for a likelihood other than Bernoulli and
-        Normal, or one with a mask.
+        `(B, M)` nats, float64, on the CPU.
     """
-    first = target.rows(slice(0, 1))
-    trace = poutine.trace(target.model).get_trace(*target.batch)
-    data = {site["name"]: site["value"] for site in all_sites(trace)}
-    scores = []
-    for part in points.split(chunk):
-        latents, log_jacobian = first.constrain(part)
-        rows = tuple(tensor.expand(len(part), *tensor.shape[1:]) for tensor in first.batch)
-        model = poutine.condition(target.model, data=latents)
-        sites = all_sites(poutine.trace(model).get_trace(*rows))
-        latent = [site for site in sites if site["name"] in first.transforms]
-        score = (log_prob_of(latent, (len(part),)) + log_jacobian).double()
-        for site in sites:
-            if site["name"] not in first.transforms:
-                family = _family(site, data[site["name"]])
-                if family is None:
-                    return None
-                score = score + family.log_prob()
-        scores.append(score.cpu())
-    return torch.cat(scores, -1).nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    data = [_flat(site["value"]) for site in _observed(target)]
+    scores = torch.empty(len(data[0]), len(points), dtype=torch.float64)
+    for part, decoded in _decode(target, points, chunk, cycle=False):
+        score = decoded.log_prior.double()
+        for family, x in zip(decoded.families, data, strict=True):
+            score = score + family.log_prob(x)
+        scores[:, part] = score.cpu()
+    return scores.nan_to_num_(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-def shares_latents(target: LogJoint) -> bool:
+def shares_latents(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> bool:
     """Whether `crossed` is the target: one decoder for all data, which are only observed.
 
-    Asked at two draws of the prior, for all data.
+    The likelihood must be Bernoulli or Normal, of a plate as long as the batch, without masks.
+    Then all data take turns in the rows: what the model makes of a latent must be the same, to
+    the last bit, as with the first datum there.
+
+    Args:
+        target: the posteriors of `B` data.
+        points: where to ask, unconstrained, `(M, L)`; many, and wherever posteriors may lie.
+        chunk: latents decoded at once, at most.
     """
-    points = target.prior_draws(2)[:, 0]
-    scores = crossed(target, points)
-    if scores is None:
+    if not all(_is_known(site) for site in _observed(target.rows(slice(0, 1)))):
         return False
-    direct = target(points.unsqueeze(1).expand(-1, len(scores), -1)).mT.double().cpu()
-    return torch.allclose(scores, direct, rtol=1e-4, atol=1e-3)
+    one, all_in_turn = (_decode(target, points, chunk, cycle=cycle) for cycle in (False, True))
+    with pyro.validation_enabled(False):  # a latent may lie outside another datum's support
+        return all(
+            torch.equal(ours, theirs)
+            for (_, first), (_, other) in zip(one, all_in_turn, strict=True)
+            for ours, theirs in zip(first.parameters(), other.parameters(), strict=True)
+        )
 
 
-class _Family(NamedTuple):
-    """An exponential family of independent pixels: `M` parameters, `B` data."""
+class _Bernoulli(NamedTuple):
+    """`(M, D)` logits."""
 
-    statistics: Tensor
-    """T(x), `(B, F)`"""
-    natural: Tensor
-    """η(z), `(M, F)`"""
-    normaliser: Tensor
-    """A(z), `(M, D)`"""
-    carrier: float
-    """c(x), of all pixels of any datum"""
+    logits: Tensor
 
-    def log_prob(self) -> Tensor:
-        """`(B, M)`, float64."""
-        normaliser = self.normaliser.sum(-1, dtype=torch.float64)
-        return self.statistics.double() @ self.natural.double().mT - normaliser + self.carrier
+    def log_prob(self, x: Tensor) -> Tensor:
+        """`(B, M)`, float64, of `(B, D)` data."""
+        normaliser = softplus(self.logits).sum(-1, dtype=torch.float64)
+        return x.double() @ self.logits.double().mT - normaliser
 
 
-def _family(site: Any, data: Tensor) -> _Family | None:
-    """The likelihood of a site at `M` latents and data of `B` rows."""
+class _Normal(NamedTuple):
+    """`(M, D)` means and scales."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """`(B, M)`, float64, of `(B, D)` data; about their mean, where the least cancels."""
+        x, precision = x.double(), self.scale.double().pow(-2)
+        middle = x.mean(0)
+        x, mean = x - middle, self.mean.double() - middle
+        statistics = torch.cat([x, x.square()], -1)
+        natural = torch.cat([mean * precision, -precision / 2], -1)
+        normaliser = (mean.square() * precision / 2 + self.scale.double().log()).sum(-1)
+        return statistics @ natural.mT - normaliser - math.log(2 * math.pi) / 2 * x.shape[1]
+
+
+class _Decoded(NamedTuple):
+    """What a model makes of `M` latents: log p(z), `(M,)`, and its likelihoods."""
+
+    log_prior: Tensor
+    families: list[_Bernoulli | _Normal]
+
+    def parameters(self) -> list[Tensor]:
+        return [self.log_prior, *(part for family in self.families for part in family)]
+
+
+def _decode(
+    target: LogJoint, points: Tensor, chunk: int, *, cycle: bool
+) -> Iterator[tuple[slice, _Decoded]]:
+    """Run the model at a few latents at a time, over its first datum or over all in turn."""
+    first = target.rows(slice(0, 1))
+    observed = {site["name"]: site["value"].numel() for site in _observed(first)}
+    step = max(1, min(chunk, PIXELS // sum(observed.values())))
+    for start in range(0, len(points), step):
+        part = points[start : start + step]
+        turns = torch.arange(start, start + len(part)) % (len(target.batch[0]) if cycle else 1)
+        rows = tuple(tensor[turns] for tensor in target.batch)
+        latents, log_jacobian = first.constrain(part)
+        trace = poutine.trace(poutine.condition(target.model, data=latents)).get_trace(*rows)
+        prior = [site for site in all_sites(trace) if site["name"] in latents]
+        log_prior = log_prob_of(prior, (len(part),)) + log_jacobian
+        families = [_family(trace.nodes[name]) for name in observed]
+        yield slice(start, start + len(part)), _Decoded(log_prior, families)
+
+
+def _observed(target: LogJoint) -> list[Any]:
+    """What the model observes of the batch, with its values."""
+    trace = poutine.trace(target.model).get_trace(*target.batch)
+    return [site for site in observed_sites(trace) if not site["infer"].get("_deterministic")]
+
+
+def _is_known(site: Any) -> bool:
+    """Whether a site of one row is a Bernoulli or Normal of each datum, and nothing more."""
+    fn = _base(site)
+    plates = [(frame.name, frame.size) for frame in site["cond_indep_stack"] if frame.vectorized]
+    return (
+        type(fn).log_prob in (Bernoulli.log_prob, Normal.log_prob)
+        and fn.batch_shape == site["value"].shape
+        and plates == [("data", 1)]
+        and site["mask"] is None
+        and float(site["scale"]) == 1  # not so in a plate that stands for more rows
+    )
+
+
+def _family(site: Any) -> _Bernoulli | _Normal:
+    fn = _base(site)
+    if isinstance(fn, Bernoulli):
+        return _Bernoulli(_flat(fn.logits))
+    return _Normal(_flat(fn.loc), _flat(fn.scale))
+
+
+def _base(site: Any) -> Any:
     fn = site["fn"]
     while isinstance(fn, Independent):
         fn = fn.base_dist
-    if site["mask"] is not None or fn.batch_shape != site["value"].shape:
-        return None
-    x = data.reshape(len(data), -1)
-    if isinstance(fn, Bernoulli):
-        logits = fn.logits.reshape(len(fn.logits), -1)
-        return _Family(x, logits, softplus(logits), 0.0)
-    if isinstance(fn, Normal):
-        x, mean, scale = (v.double().reshape(len(v), -1) for v in (x, fn.loc, fn.scale))
-        precision = scale.pow(-2)
-        return _Family(
-            torch.cat([x, x.square()], -1),
-            torch.cat([mean * precision, -precision / 2], -1),
-            mean.square() * precision / 2 + scale.log(),
-            -math.log(2 * math.pi) / 2 * x.shape[1],
-        )
-    return None
+    return fn
+
+
+def _flat(rows: Tensor) -> Tensor:
+    return rows.reshape(len(rows), -1)

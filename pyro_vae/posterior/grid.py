@@ -81,9 +81,8 @@ def extent(values: Tensor, side: int) -> tuple[Tensor, Tensor]:
         stop = (side + 1.0 - maybe.flip(1).int().argmax(1)).clamp_max(side)
         low.append(torch.where(here[:, 0], -side / 4, start))
         high.append(torch.where(here[:, -1], side * 1.25, stop))
-    return torch.stack(low, 1).double() * 2 / side - 1, torch.stack(
-        high, 1
-    ).double() * 2 / side - 1
+    begin, end = (torch.stack(edges, 1).double() * 2 / side - 1 for edges in (low, high))
+    return begin, end
 
 
 def _steepest(values: Tensor) -> Tensor:

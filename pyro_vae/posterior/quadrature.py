@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import Batch, Model, evaluating, preserved_rng
 from pyro_vae.posterior.draws import Draws
 from pyro_vae.posterior.grid import Grid, extent, unit_nodes
-from pyro_vae.posterior.lattice import Shared
+from pyro_vae.posterior.lattice import share
 from pyro_vae.tables import Tabular, by_datum
 
 if TYPE_CHECKING:
@@ -111,26 +111,25 @@ def quadrature(
     $$\log p(x) = \log \int p(x, z)\,dz \approx \log \sum_i p(x, z_i) + \log |\text{cell}|$$
 
     Many data under one decoder (8 or more, in one and two dimensions; Bernoulli or Normal; the
-    rows only observed) share lattices first: latents are decoded once for all data, and a matrix
-    product scores them. The first lattice covers the prior's range, the next ones the
-    neighbourhoods of data that it does not resolve.
+    rows only observed) share lattices first: a latent is decoded once for some hundred data, and
+    a matrix product scores it for each. The first lattice covers the prior's range, the next ones
+    the neighbourhoods of data that it does not resolve. Whether rows are only observed is asked at
+    each node of the first lattice, with all rows in turn.
 
     Each datum that no lattice resolves gets a grid of its own. It starts from where a lattice
-    found it, or from the range of the prior's draws, grows
-    where density reaches its border, shrinks to all cells that may hold density (a cell is
-    kept while its value plus its steepest change to a neighbour comes within 30 nats of the
-    highest, so that a peak between coarse nodes survives where its flanks show), and turns to
-    the posterior's principal axes. Then nodes double until log p(x) is settled. The midpoint
-    rule converges faster than any power of the spacing for smooth densities; at kinks (ReLU),
-    like its square.
+    found it, or from the range of the prior's draws, grows where density reaches its border,
+    shrinks to all cells that may hold density (a cell is kept while its value plus its steepest
+    change to a neighbour comes within 30 nats of the highest, so that a peak between coarse nodes
+    survives where its flanks show), and turns to the posterior's principal axes. Then nodes double
+    until log p(x) is settled. The midpoint rule converges faster than any power of the spacing for
+    smooth densities; at kinks (ReLU), like its square.
 
     Args:
         model: p(z) p(x | z) with at most 3 latent dimensions a datum.
         batch: tensors of `B` rows.
         tolerance: stop doubling when log p(x) changes by less, in nats.
         max_nodes: nor use more nodes than this for one datum; `error` says what is left.
-        chunk: nodes evaluated at once, which bounds the memory. Some thousand keep what a decoder
-            computes in the cache.
+        chunk: nodes decoded at once. Some thousand keep what a decoder computes in the cache.
         seed: of the prior's draws; torch's random state is left as it was.
 
     Returns:
@@ -139,7 +138,7 @@ def quadrature(
     Warning:
         A second mode so narrow that no node of the first, prior-wide grid sees its flanks is
         missed, in silence: 0.01 of the prior's range in two dimensions, 0.002 where data share
-        lattices. Compare with MCMC where that may be.
+        lattices. Compare with MCMC where that may be. Where a density jumps, `error` is no guide.
 
     Raises:
         ValueError: more than 3 latent dimensions; a datum without likelihood; a density
@@ -165,7 +164,8 @@ def quadrature(
                 f"quadrature is for at most 3 latent dimensions; this model has {target.size}"
                 "\n  try:      pv.posterior.nuts(model, batch)"
             )
-        shared = Shared(target, *_prior_range(target, chunk), tolerance, chunk)
+        limits: dict[str, Any] = {"tolerance": tolerance, "max_nodes": max_nodes, "chunk": chunk}
+        shared = share(target, *_prior_range(target, chunk), **limits)
         found = {
             b: _Found(shared.log_evidence[b], shared.error[b], grid)
             for b, grid in shared.grids.items()
@@ -175,7 +175,7 @@ def quadrature(
         for index in left.split(step) if len(left) else ():
             low, high = shared.low[index], shared.high[index]
             box = _Box((low + high) / 2, torch.diag_embed((high - low) / 2))
-            own = _integrate(target.rows(index), box, index, tolerance, max_nodes, chunk)
+            own = _integrate(target.rows(index), box, index, **limits)
             found |= dict(zip(index.tolist(), own, strict=True))
         rows = [found[b] for b in range(len(batch[0]))]
         moments = [_moments(target, b, row.grid) for b, row in enumerate(rows)]
@@ -213,7 +213,7 @@ class _Box(NamedTuple):
 
 
 def _integrate(
-    target: LogJoint, box: _Box, index: Tensor, tolerance: float, max_nodes: int, chunk: int
+    target: LogJoint, box: _Box, index: Tensor, *, tolerance: float, max_nodes: int, chunk: int
 ) -> list[_Found]:
     """Integrate each datum on a grid of its own, which starts from its box."""
     dim = target.size
