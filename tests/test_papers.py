@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -17,36 +17,47 @@ import pyro_vae as pv
 
 PAPERS = Path(__file__).parent.parent / "benchmarks/papers"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif("PYRO_VAE_DATA" not in os.environ, reason="PYRO_VAE_DATA is not set"),
-]
+needs_data = pytest.mark.skipif(
+    "PYRO_VAE_DATA" not in os.environ, reason="PYRO_VAE_DATA is not set"
+)
 
 
-def _recipe(name: str, monkeypatch: pytest.MonkeyPatch, results: Path) -> Any:
-    """A recipe as a module, on 60 images, writing elsewhere."""
-    spec = importlib.util.spec_from_file_location(name, PAPERS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, recipe)
-    spec.loader.exec_module(recipe)
+def _recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A recipe as a module."""
+    monkeypatch.syspath_prepend(PAPERS)
+    return importlib.import_module(name)
+
+
+def _small(
+    name: str, monkeypatch: pytest.MonkeyPatch, folder: Path, **sizes: Any
+) -> tuple[Any, Path]:
+    """A recipe of other sizes on 60 images, and the file that it writes."""
+    recipe = _recipe(name, monkeypatch)
     data = pv.data.load("binarized_mnist")
     few: Any = {n: (getattr(data, n)[0][:60],) for n in ("train", "validation", "test")}
     monkeypatch.setattr("pyro_vae.data.load", lambda name: replace(data, labels={}, **few))
-    monkeypatch.setattr(recipe, "RESULTS", results)
-    return recipe
+    fit = pv.fit
+    monkeypatch.setattr(pv, "fit", lambda *pair, **how: fit(*pair, **how | {"compile": False}))
+    sizes |= {"ROOT": folder, "RESULTS": folder / "results.json"}
+    for size, value in sizes.items():
+        monkeypatch.setattr(recipe, size, value)
+    (folder / "docs").mkdir()
+    return recipe, sizes["RESULTS"]
 
 
+@needs_data
+@pytest.mark.slow
 def test_small_latents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = _recipe("small_latents", monkeypatch, tmp_path / "r.json")
-    monkeypatch.setattr(recipe, "SLOW_ROWS", dict.fromkeys(recipe.SLOW_ROWS, 2))
-    monkeypatch.setattr(recipe, "FIT", recipe.FIT | {"compile": False})
+    few = {"local": 2, "samplers": 2, "gaps": 2}
+    recipe, results = _small(
+        "small_latents", monkeypatch, tmp_path, EPOCHS=1, ROWS=4, CHUNK=3, FEW=few
+    )
     gaps = pv.gaps
     monkeypatch.setattr(pv, "gaps", lambda *pair, **how: gaps(*pair, **how, steps=50))
-    recipe.run("vamp", 0, 4, 1, tmp_path / "runs")
-    (record,) = json.loads((tmp_path / "r.json").read_text())
+    recipe.run("vamp", 0, tmp_path / "runs")
+    (record,) = json.loads(results.read_text())
     amortized = ["mean-field", "full covariance", "flow"]
     local = ["local", "local, at the peak", "refined"]
     assert [*record["guides"]] == amortized + local
@@ -55,14 +66,30 @@ def test_small_latents(
     assert record["quadrature_error"] < 0.01
     recipe.table()
     assert capsys.readouterr().out.count("| vamp | 0 |") == 6
-    monkeypatch.setattr(recipe, "ROOT", tmp_path)
-    (tmp_path / "docs").mkdir()
     recipe.figure(tmp_path / "runs", "vamp", digits=2)
     assert (tmp_path / "docs/small_latents.png").stat().st_size > 10_000
 
+    for forbidden in ("quadrature", "hmc", "annealed"):  # all of it is on disk
+        monkeypatch.delattr(pv.posterior, forbidden)
+    recipe.run("vamp", 0, tmp_path / "runs")
+    assert json.loads(results.read_text()) == [record]
+    other, _, _ = recipe.fitted("vamp", 1, pv.data.load(""), tmp_path / "runs/other")
+    with pytest.raises(AttributeError, match="quadrature"):  # of another fit nothing is
+        recipe.truth(other, torch.zeros(1, 784), recipe.Kept(tmp_path / "runs/vamp-0", other))
 
-def test_modes_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recipe = _recipe("small_latents", monkeypatch, tmp_path / "r.json")
+
+def test_seeds_start_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = _recipe("small_latents", monkeypatch)
+    guide = pv.guides.NormalGuide(pv.networks.MLP(784, 8, 4))
+    x = torch.rand(100, 784)
+    for prior in ("mixture", "vamp"):
+        one, again, other = (recipe.PRIORS[prior](guide, x, seed) for seed in (0, 0, 1))
+        start = [next(part.parameters()) for part in (one, again, other)]
+        assert torch.equal(start[0], start[1]) and not torch.equal(start[0], start[2])
+
+
+def test_modes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = _recipe("small_latents", monkeypatch)
     line = torch.linspace(-4, 4, 41)
     left, right = (torch.exp(-2 * ((line[:, None] - at) ** 2 + line**2)) for at in (-2.0, 2.0))
     both, faint = left + 0.5 * right, left + 0.01 * right
@@ -71,34 +98,36 @@ def test_modes_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert found == [1, 2, 1, 1]
 
 
+@needs_data
+@pytest.mark.slow
 def test_static_mnist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = _recipe("static_mnist", monkeypatch, tmp_path / "r.json")
-    monkeypatch.setattr(recipe, "COMPONENTS", 10)
-    monkeypatch.setattr(recipe, "DRAWS", 200)
-    fit = pv.fit
-    monkeypatch.setattr(pv, "fit", lambda *pair, **how: fit(*pair, **how | {"compile": False}))
-    runs = ["--runs", str(tmp_path / "runs"), "--warm-up", "1"]
-    monkeypatch.setattr(sys, "argv", ["r", "fit", "vamp", "--epochs", "2", *runs])
-    recipe.main()
-    assert "ran 2 epochs" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["r", "evaluate", "vamp", *runs])
-    recipe.main()
-    assert "not yet" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["r", "confirm", "vamp", "--few", "3", *runs])
-    recipe.main()
-    for row in ("vamp, averaged", "vamp, tighter"):
-        monkeypatch.setattr(sys, "argv", ["r", "fit", row, "--epochs", "1", *runs])
+    recipe, results = _small(
+        "static_mnist", monkeypatch, tmp_path,
+        EPOCHS=2, WARM_UP=1, COMPONENTS=10, DRAWS=200, CHUNK=40, FEW=3,
+    )  # fmt: skip
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["r", *words, "--runs", str(tmp_path / "runs")])
         recipe.main()
-    monkeypatch.setattr(sys, "argv", ["r", "evaluate", "vamp, tighter", *runs])
-    recipe.main()
-    record, tighter = json.loads((tmp_path / "r.json").read_text())
-    assert record["epochs"] == 2 and record["draws"] == 200 and record["few_rows"] == 3
+        return capsys.readouterr().out
+
+    for row in ("standard", "mixture", "flow", "vamp"):
+        assert "ran 2 epochs" in call("fit", row)
+    with pytest.raises(SystemExit):
+        call("confirm", "vamp")
+    assert "vamp is to be" not in call("evaluate", "vamp")
+    call("confirm", "vamp")
+    assert "quoted by pythae" in call("evaluate", "vamp, tighter")  # which fits it first
+    call("confirm", "vamp, tighter")
+    record, tighter = json.loads(results.read_text())
+    assert record["epochs"] == 2 and record["rows"] == 60 and record["few_rows"] == 3
     assert record["elbo"] < record["log_likelihood"] < 0
-    assert tighter["epochs"] == len(tighter["curve"]["train"]) == 1
-    assert "quoted by pythae" in capsys.readouterr().out
-    monkeypatch.setattr(recipe, "ROOT", tmp_path)
-    (tmp_path / "docs").mkdir()
-    recipe.figure()
+    assert tighter["epochs"] == 5 and len(tighter["curve"]["train"]) == 1
+    gain, own = tighter["few_iwae_gain"], tighter["few_iwae"]
+    folder = next((tmp_path / "runs/vamp_averaged-0").glob("*/few.pt"))
+    before = torch.load(folder)["found"]["iwae"].mean().item()
+    assert gain == pytest.approx(own - before, abs=1e-6)
+    call("figure")
     assert (tmp_path / "docs/static_mnist.png").stat().st_size > 10_000

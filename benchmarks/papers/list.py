@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import json
-import sys
 from pathlib import Path
+
+import records
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
     """Print each recipe: what, cost, and its table so far."""
-    sys.path.insert(0, str(HERE))
     for path in sorted(HERE.glob("*.py")):
-        if path.stem == "list":
-            continue
         recipe = importlib.import_module(path.stem)
+        if not hasattr(recipe, "COST"):  # what recipes share
+            continue
         what = (recipe.__doc__ or "").splitlines()[0]
-        done = json.loads(recipe.RESULTS.read_text()) if recipe.RESULTS.exists() else []
-        print(f"\n## {path.name}: {what}\nCost: {recipe.COST}. Finished rows: {len(done)}.\n")
+        done = len(records.read(recipe.RESULTS))
+        print(f"\n## {path.name}: {what}\nCost: {recipe.COST}. Finished rows: {done}.\n")
         recipe.table()
 
 
