@@ -130,7 +130,8 @@ def annealed(
     r"""Estimate log p(x) of each datum by annealed importance sampling.
 
     Particles start from the base b, half the prior and half a widened Gaussian of the guide's
-    moments, and are moved by Hamiltonian Monte Carlo through
+    moments, in up to three dimensions also of the best prior draws where one decoder serves all
+    data, and are moved by Hamiltonian Monte Carlo through
     $\pi_\beta \propto b^{1-\beta}\, p(x, z)^\beta$, each gathering
 
     $$\log w = \sum_t (\beta_t - \beta_{t-1}) \log \frac{p(x, z_{t-1})}{b(z_{t-1})},

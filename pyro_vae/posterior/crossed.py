@@ -20,7 +20,7 @@ PIXELS = 2**22
 """Pixels of all latents that are decoded at once, at most."""
 
 
-def crossed(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> Tensor:
+def crossed(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> tuple[Tensor, Tensor]:
     r"""Score each of `B` data at each of `M` latents, for a target that `shares_latents`.
 
     $$\log p(x_b, z_m) = \log p(z_m) + T(x_b)^\top \eta(z_m) - A(z_m) + c$$
@@ -34,16 +34,18 @@ def crossed(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> Tensor:
         chunk: latents decoded at once, at most.
 
     Returns:
-        `(B, M)` nats, float64, on the CPU.
+        Log p(z), `(M,)`, and log p(x | z), `(B, M)`, nats, float64, on the CPU.
     """
     data = [_flat(site["value"]) for site in _observed(target)]
-    scores = torch.empty(len(data[0]), len(points), dtype=torch.float64)
+    log_prior = torch.empty(len(points), dtype=torch.float64)
+    log_likelihood = torch.empty(len(data[0]), len(points), dtype=torch.float64)
     for part, decoded in _decode(target, points, chunk, cycle=False):
-        score = decoded.log_prior.double()
-        for family, x in zip(decoded.families, data, strict=True):
-            score = score + family.log_prob(x)
-        scores[:, part] = score.cpu()
-    return scores.nan_to_num_(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        log_prior[part] = decoded.log_prior.cpu().double()
+        scores = zip(decoded.families, data, strict=True)
+        log_likelihood[:, part] = sum(family.log_prob(x).cpu() for family, x in scores)
+    for score in (log_prior, log_likelihood):
+        score.nan_to_num_(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return log_prior, log_likelihood
 
 
 def shares_latents(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> bool:

@@ -57,9 +57,11 @@ def hmc(
     r"""Sample p(z | x) of all data at once, each with a step size and a metric of its own.
 
     1. A cloud of particles goes from prior and guide to the posterior by adaptive sequential
-       Monte Carlo. Its covariance is the metric; a Gaussian mixture fitted to it, once more to
-       weighted draws of itself, is the proposal of jumps. A twentieth of the jumps is drawn
-       from the prior, so that any place with a likelihood can be reached.
+       Monte Carlo. In up to three dimensions, where one decoder serves all data, it also starts
+       from the best of up to 65,536 prior draws that they share. Its covariance is the metric; a
+       Gaussian mixture fitted to it, once more to weighted draws of itself, is the proposal of
+       jumps. A twentieth of the jumps is drawn from the prior, so that any place with a
+       likelihood can be reached.
     2. Chains start over-dispersed: half from the prior, half from the guide twice as wide.
        `warmup` transitions bring them in and tune step sizes by dual averaging.
     3. Everything is frozen. Then each draw is a jump, accepted with probability
@@ -94,7 +96,7 @@ def hmc(
     Warning:
         A mode that neither the cloud nor a jump has met is missed, and R-hat does not tell.
         Its share of the evidence is small unless it is far narrower than the prior's draws
-        are dense.
+        are dense: 1,024 for each datum, or those that are shared.
 
     Raises:
         ValueError: counts below their minimum (`draws >= 4`, or 1 with superchains; the others
@@ -371,11 +373,11 @@ def _starts(target: LogJoint, base: Base, cloud: Tensor, starts: int) -> Tensor:
 
     Where none of several has a likelihood, a particle of the cloud.
     """
-    tries, from_prior = 16, (starts + 1) // 2 if base.normal else starts
+    tries, from_prior = 16, (starts + 1) // 2 if base.guide else starts
     pool = target.prior_draws(tries * starts).unflatten(0, (tries, starts))
-    if base.normal is not None:
-        middle = base.normal.mean[:, 0]
-        wide = middle + (base.normal.sample(tries * starts) - middle) * (2 / 1.5)
+    if base.guide is not None:
+        middle = base.guide.mean[:, 0]
+        wide = middle + (base.guide.sample(tries * starts) - middle) * (2 / 1.5)
         pool[:, from_prior:] = wide.unflatten(0, (tries, starts))[:, from_prior:]
     possible = torch.isfinite(_scored(target, pool.flatten(0, 1))[0]).unflatten(0, (tries, starts))
     first = possible.int().argmax(0)

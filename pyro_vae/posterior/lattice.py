@@ -91,7 +91,8 @@ def _integrate(
     dim, side = target.size, SIDES[target.size]
     center, half = (low + high) / 2, (high - low) / 2
     cell = (half * 2 / side).prod().log()
-    scores = crossed(target, _nodes(target, low, high), chunk=chunk)
+    log_prior, scores = crossed(target, _nodes(target, low, high), chunk=chunk)
+    scores += log_prior
     for values, where in zip(scores.split(FEW), index.split(FEW), strict=True):
         top = values.amax(1, keepdim=True)
         height = values - top

@@ -45,6 +45,13 @@ class Mixture(NamedTuple):
             torch.cat([self.factor, factor.unsqueeze(1)], 1),
         )
 
+    def beside(self, other: Mixture, share: Tensor) -> Mixture:
+        """With another mixture, which has a share `(B,)` between 0 and 1."""
+        share = share.unsqueeze(-1)
+        own, its = self.log_weight + torch.log1p(-share), other.log_weight + share.log()
+        parts = zip(self[1:], other[1:], strict=True)
+        return Mixture(torch.cat([own, its], 1), *(torch.cat(pair, 1) for pair in parts))
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean `(B, L)` and covariance `(B, L, L)`."""
         weight = self.log_weight.exp().unsqueeze(-1)

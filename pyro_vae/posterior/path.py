@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import Guide
 from pyro_vae.posterior.kernels import State, hamiltonian
 from pyro_vae.posterior.mixture import Mixture, weighted_moments
+from pyro_vae.posterior.scouts import scouted
+from pyro_vae.posterior.tempering import tempered
 
 LEAPFROG = 5
 """Most leapfrog steps of a move; each move draws its number from 1 on."""
@@ -23,25 +26,20 @@ POOLED = 2**14
 
 
 class Base:
-    r"""Where the path starts: half the prior, half a Gaussian 1.5 times as wide as the guide.
+    r"""Where the path starts: half the prior, half what is known of the posterior.
 
-    Both halves can be drawn and scored for any pair: of the guide only draws are asked. The
-    prior's half reaches what the guide has missed; without a guide it is all.
+    Known are the guide, of which only draws are asked, as a Gaussian 1.5 times as wide, and what
+    scouts have found among the prior's draws. Both can be drawn and scored for any pair. Where
+    nothing is known, the prior is all.
     """
 
     def __init__(self, target: LogJoint, guide: Guide | None) -> None:
         self.target = target
-        self.normal = None
-        if guide is not None:
-            drawn = target.guide_draws(guide, max(100, 4 * target.size))
-            lost = ~torch.isfinite(drawn).all(0).all(-1)  # a guide that is broken for a datum
-            drawn[:, lost] = target.prior_draws(len(drawn))[:, lost]
-            even = torch.ones(drawn.shape[:2]).to(drawn)
-            mean, covariance = weighted_moments(drawn, even)
-            prior_scale = target.prior_draws(32).std(0).amax(-1, keepdim=True)
-            ridge = torch.diag_embed((0.02 * prior_scale).square().expand_as(mean))
-            factor = 1.5 * torch.linalg.cholesky(covariance + ridge)
-            self.normal = Mixture(even[:1].T.log(), mean.unsqueeze(1), factor.unsqueeze(1))
+        self.guide = None if guide is None else _widened(target, guide)
+        self.normal = self.guide
+        if (found := scouted(target)) is not None:
+            own = found.mixture
+            self.normal = own if self.guide is None else self.guide.beside(own, found.power / 2)
 
     def sample(self, draws: int) -> Tensor:
         """Draw `(S, B, L)`, the first half from the prior."""
@@ -58,9 +56,23 @@ class Base:
 
     def rows(self, index: Tensor) -> Base:
         """The start of the path for some data."""
-        part = Base(self.target.rows(index), None)
+        part = copy(self)
+        part.target = self.target.rows(index)
+        part.guide = None if self.guide is None else self.guide.rows(index)
         part.normal = None if self.normal is None else self.normal.rows(index)
         return part
+
+
+def _widened(target: LogJoint, guide: Guide) -> Mixture:
+    drawn = target.guide_draws(guide, max(100, 4 * target.size))
+    lost = ~torch.isfinite(drawn).all(0).all(-1)  # a guide that is broken for a datum
+    drawn[:, lost] = target.prior_draws(len(drawn))[:, lost]
+    even = torch.ones(drawn.shape[:2]).to(drawn)
+    mean, covariance = weighted_moments(drawn, even)
+    prior_scale = target.prior_draws(32).std(0).amax(-1, keepdim=True)
+    ridge = torch.diag_embed((0.02 * prior_scale).square().expand_as(mean))
+    factor = 1.5 * torch.linalg.cholesky(covariance + ridge)
+    return Mixture(even[:1].T.log(), mean.unsqueeze(1), factor.unsqueeze(1))
 
 
 @dataclass
@@ -138,7 +150,7 @@ def explore(base: Base, particles: int, pool: int, *, threshold: float = 0.5) ->
     while bool((beta[possible] < 1).any()) and len(rungs) < 10_000:
         log_ratio = log_joint - log_base
         index = torch.nonzero(possible & (beta < 1)).flatten()
-        change = _next(log_ratio[:, index], 1 - beta[index], threshold, particles)
+        change = tempered(log_ratio[:, index], 1 - beta[index], threshold, particles)
         weight = (change * log_ratio[:, index]).softmax(0)
         beta[index] = torch.where(change >= 1 - beta[index], 1.0, beta[index] + change)
         chosen = _systematic(weight, particles)
@@ -162,24 +174,6 @@ def explore(base: Base, particles: int, pool: int, *, threshold: float = 0.5) ->
         log_base[:, index], log_joint[:, index] = (_finite(end) for end in both)
         rungs.append(Rung(beta.clone(), step_size.clone(), metric))
     return Cloud(u, rungs, possible, *pooled, gradients)
-
-
-def _next(log_ratio: Tensor, room: Tensor, threshold: float, particles: int) -> Tensor:
-    """The largest Δβ, up to `room`, that keeps the effective size; by bisection, `(B,)`."""
-    low, high = torch.zeros_like(room), room.clone()
-    shifted = log_ratio - log_ratio.max(0).values
-    wanted = threshold * torch.isfinite(shifted).sum(0).to(room).clamp_max(particles)
-
-    def enough(change: Tensor) -> Tensor:
-        weight = torch.where(torch.isfinite(shifted), (change * shifted).exp(), 0.0)
-        return weight.sum(0).square() / weight.square().sum(0) >= wanted
-
-    done = enough(high)
-    for _ in range(30):
-        middle = (low + high) / 2
-        good = enough(middle)
-        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
-    return torch.where(done, room, low.clamp_min(1e-6)).minimum(room)
 
 
 def _systematic(weight: Tensor, count: int) -> Tensor:
