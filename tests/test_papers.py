@@ -106,6 +106,7 @@ def test_static_mnist(
     recipe, results = _small(
         "static_mnist", monkeypatch, tmp_path,
         EPOCHS=2, WARM_UP=1, COMPONENTS=10, DRAWS=200, CHUNK=40, FEW=3,
+        PATH={"particles": 2, "temperatures": 2},
     )  # fmt: skip
 
     def call(*words: str) -> str:

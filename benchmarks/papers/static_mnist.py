@@ -56,6 +56,8 @@ DRAWS, CHUNK = 5000, 2500
 """Of IWAE, and images that are evaluated between two savings."""
 FEW = 1000
 """Shuffled test images for what confirms."""
+PATH: dict[str, Any] = {"particles": 16, "temperatures": 64}
+"""Of annealing."""
 
 
 class AdamNormGrad(torch.optim.Adam):
@@ -213,7 +215,7 @@ def _looked_at(name: str, seed: int, runs: Path, data: Any) -> tuple[dict[str, T
     kept = Kept(_folder(name, seed, runs), model, guide)
     (x,) = data.test
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:FEW]]
-    path: dict[str, Any] = {"guide": guide, "particles": 16, "temperatures": 64, "progress": False}
+    path = {"guide": guide, "progress": False} | PATH
     better = pv.guides.RefinedGuide(guide, model)
 
     def sandwich() -> Tensor:
