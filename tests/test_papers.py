@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -36,13 +37,18 @@ def _small(
     data = pv.data.load("binarized_mnist")
     few: Any = {n: (getattr(data, n)[0][:60],) for n in ("train", "validation", "test")}
     monkeypatch.setattr("pyro_vae.data.load", lambda name: replace(data, labels={}, **few))
-    fit = pv.fit
-    monkeypatch.setattr(pv, "fit", lambda *pair, **how: fit(*pair, **how | {"compile": False}))
+    for step in (pv.fit, pv.bounds):
+        plain = functools.partial(_uncompiled, step)
+        monkeypatch.setattr(pv, step.__name__, plain)
     sizes |= {"ROOT": folder, "RESULTS": folder / "results.json"}
     for size, value in sizes.items():
         monkeypatch.setattr(recipe, size, value)
     (folder / "docs").mkdir()
     return recipe, sizes["RESULTS"]
+
+
+def _uncompiled(step: Any, *args: Any, **options: Any) -> Any:
+    return step(*args, **options | {"compile": False})
 
 
 @needs_data
