@@ -222,7 +222,7 @@ def test_blocks_change_nothing(double: None, monkeypatch: pytest.MonkeyPatch) ->
     model = random_ppca(6, 2, noise=0.3)
     x = model(None, size=90).detach()
     whole = quadrature(model, (x,))
-    monkeypatch.setattr(lattice, "ROWS", 32)
+    monkeypatch.setattr(lattice, "HELD", 32 * 192**2)
     monkeypatch.setattr(lattice, "FEW", 8)
     pieces = quadrature(model, (x,))
     torch.testing.assert_close(whole.log_evidence, pieces.log_evidence)

@@ -11,12 +11,13 @@ from pyro_vae.log_joint import LogJoint
 from pyro_vae.posterior.crossed import crossed, shares_latents
 from pyro_vae.posterior.grid import Grid, extent, unit_nodes
 
-SIDES = {1: 4096, 2: 192}
-"""By `L`: nodes a side of a lattice. In three dimensions none is fine enough to settle much."""
+SIDES = {1: (4096,), 2: (192, 512)}
+"""By `L`: nodes a side of a lattice, and of those for data that these do not resolve. In three
+dimensions none is fine enough to settle much."""
 FEWEST = 8
 """Data for which a lattice is cheaper than a grid of its own for each."""
-ROWS = 2**9
-"""Data whose densities are held at once."""
+HELD = 2**25
+"""Densities held at once, of all data and nodes."""
 FEW = 2**6
 """Data whose densities are looked at together: what that needs stays in the heap."""
 
@@ -49,7 +50,8 @@ def share(
     The first lattice covers the prior's range. A datum is settled where all lattices of twice the
     spacing agree with it. The others part along each axis, at the median of where they lie, and
     lattices of as many nodes cover the boxes of those that lie together; until they are few, or a
-    box would hardly shrink. None is settled where the target is not one that `shares_latents`.
+    box would hardly shrink. Those that are left then, elongated or with far modes, go the same way
+    with lattices of more nodes. None is settled where the target is not one that `shares_latents`.
 
     Args:
         target: the posteriors of `B` data.
@@ -65,16 +67,20 @@ def share(
         torch.full((count,), torch.inf, dtype=torch.float64),
         low.repeat(count, 1), high.repeat(count, 1), {},
     )  # fmt: skip
-    pays = count >= FEWEST and target.size in SIDES
-    pays = pays and SIDES[target.size] ** target.size <= max_nodes
-    pays = pays and shares_latents(target, _nodes(target, low, high), chunk=chunk)
-    groups = [torch.arange(count)] if pays else []
-    while groups:
-        group = groups.pop()
-        low, high = found.low[group].amin(0), found.high[group].amax(0)
-        for index in group.split(ROWS):
-            _integrate(found, target.rows(index), index, low, high, tolerance, chunk)
-        groups += _parts(found, group[found.error[group].isinf()], _volume(low, high))
+    sides = [n for n in SIDES.get(target.size, ()) if n**target.size <= max_nodes]
+    if count < FEWEST or not sides:
+        return found
+    if not shares_latents(target, _nodes(target, low, high, sides[0]), chunk=chunk):
+        return found
+    for side in sides:
+        left = found.error.isinf().nonzero().flatten()
+        groups = [left] if len(left) >= FEWEST else []
+        while groups:
+            group = groups.pop()
+            low, high = found.low[group].amin(0), found.high[group].amax(0)
+            for index in group.split(HELD // side**target.size):
+                _integrate(found, target.rows(index), index, low, high, side, tolerance, chunk)
+            groups += _parts(found, group[found.error[group].isinf()], _volume(low, high))
     return found
 
 
@@ -84,14 +90,15 @@ def _integrate(
     index: Tensor,
     low: Tensor,
     high: Tensor,
+    side: int,
     tolerance: float,
     chunk: int,
 ) -> None:
     """Settle those data that one lattice resolves, and tell where all of them lie."""
-    dim, side = target.size, SIDES[target.size]
+    dim = target.size
     center, half = (low + high) / 2, (high - low) / 2
     cell = (half * 2 / side).prod().log()
-    log_prior, scores = crossed(target, _nodes(target, low, high), chunk=chunk)
+    log_prior, scores = crossed(target, _nodes(target, low, high, side), chunk=chunk)
     scores += log_prior
     for values, where in zip(scores.split(FEW), index.split(FEW), strict=True):
         top = values.amax(1, keepdim=True)
@@ -135,8 +142,8 @@ def _parts(found: Shared, group: Tensor, volume: Tensor) -> list[Tensor]:
     ]
 
 
-def _nodes(target: LogJoint, low: Tensor, high: Tensor) -> Tensor:
-    unit = unit_nodes([SIDES[target.size]] * target.size)
+def _nodes(target: LogJoint, low: Tensor, high: Tensor, side: int) -> Tensor:
+    unit = unit_nodes([side] * target.size)
     nodes = (low + high) / 2 + unit * (high - low) / 2
     return nodes.to(target.batch[0].device, target.dtype)
 

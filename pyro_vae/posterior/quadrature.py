@@ -113,8 +113,9 @@ def quadrature(
     Many data under one decoder (8 or more, in one and two dimensions; Bernoulli or Normal; the
     rows only observed) share lattices first: a latent is decoded once for some hundred data, and
     a matrix product scores it for each. The first lattice covers the prior's range, the next ones
-    the neighbourhoods of data that it does not resolve. Whether rows are only observed is asked at
-    each node of the first lattice, with all rows in turn.
+    the neighbourhoods of data that it does not resolve; in two dimensions lattices of more nodes
+    follow for those that are left. Whether rows are only observed is asked at each node of the
+    first lattice, with all rows in turn.
 
     Each datum that no lattice resolves gets a grid of its own. It starts from where a lattice
     found it, or from the range of the prior's draws, grows where density reaches its border,
