@@ -223,7 +223,7 @@ def test_blocks_change_nothing(double: None, monkeypatch: pytest.MonkeyPatch) ->
     x = model(None, size=90).detach()
     whole = quadrature(model, (x,))
     monkeypatch.setattr(lattice, "HELD", 32 * 192**2)
-    monkeypatch.setattr(lattice, "FEW", 8)
+    monkeypatch.setattr(lattice, "TOGETHER", 8 * 192**2)
     pieces = quadrature(model, (x,))
     torch.testing.assert_close(whole.log_evidence, pieces.log_evidence)
     torch.testing.assert_close(whole.mean, pieces.mean)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pairs import random_ppca
 from pyro_vae.log_joint import LogJoint
-from pyro_vae.posterior import annealed, convergence, hmc, scouts
+from pyro_vae.pair import preserved_rng
+from pyro_vae.posterior import annealed, convergence, hmc, sandwich, scouts
 from pyro_vae.posterior.mixture import Mixture
 from pyro_vae.posterior.scouts import scouted
 from pyro_vae.posterior.tempering import tempered
@@ -94,6 +95,35 @@ def test_a_mixture_beside_another() -> None:
     both = one.beside(other, share).log_prob(u).exp()
     expected = (1 - share) * one.log_prob(u).exp() + share * other.log_prob(u).exp()
     torch.testing.assert_close(both, expected)
+
+
+def test_a_narrow_component_beside_a_far_one_is_scored_right() -> None:
+    torch.manual_seed(0)
+    sds = torch.tensor([1e-3, 1.0])
+    far = torch.tensor([[[0.0], [3.0]]])
+    mixture = Mixture(torch.full((1, 2), 0.5).log(), far, sds.reshape(1, 2, 1, 1))
+    u = 1e-3 * torch.randn(100, 1, 1)
+    parts = dist.Normal(far[0, :, 0].double(), sds.double())
+    exact = parts.log_prob(u[:, 0].double()).logsumexp(-1) - torch.tensor(2.0).log()
+    assert (mixture.log_prob(u)[:, 0] - exact).abs().max() < 1e-5
+
+
+def test_draws_on_the_border_of_a_support_are_left_out() -> None:
+    def edge(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Pareto(1.0, 1000.0))  # in float32 one draw in a hundred is 1
+            pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+    found = scouted(LogJoint(edge, (torch.ones(64),)))
+    assert found is not None and all(torch.isfinite(part).all() for part in found.mixture)
+
+
+def test_simulated_latents_are_none_of_the_chains_own() -> None:
+    model, x = random_ppca(4, 2), torch.zeros(9, 4)
+    both = sandwich(model, (x,), particles=2, temperatures=1, progress=False)
+    with preserved_rng(0):
+        scouts_of_the_first_chunk = LogJoint(model, (x[:1],)).prior_draws(9)
+    assert not torch.isin(both.latents["z"], scouts_of_the_first_chunk).any()
 
 
 def test_the_largest_power_that_leaves_enough() -> None:

@@ -22,6 +22,7 @@ class Kept:
     """What was worked out of a fitted pair, part by part, on disk: a killed run goes on.
 
     The folder is named after the weights, so that nothing is read that other weights have told.
+    After a change of the library, or of a recipe's sizes, delete what it tells.
     """
 
     def __init__(self, folder: Path, *modules: nn.Module) -> None:

@@ -120,8 +120,8 @@ def at_peak(exact: dict[str, Tensor], rows: int) -> Tensor:
 def truth(model: Any, x: Tensor, kept: Kept) -> dict[str, Tensor]:
     """Log p(x), moments, modes and peak of each posterior, by quadrature."""
     parts = [
-        kept(f"truth-{start}", lambda rows=x[start : start + CHUNK]: integrated(model, rows))
-        for start in range(0, len(x), CHUNK)
+        kept(f"truth-{k}-of-{CHUNK}", lambda rows=rows: integrated(model, rows))
+        for k, rows in enumerate(x.split(CHUNK))
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

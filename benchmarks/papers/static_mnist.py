@@ -104,7 +104,7 @@ def build(row: Row, seed: int, mean: float) -> tuple[Any, Any]:
     guide = pv.guides.NormalGuide(pv.networks.GatedMLP(784, *HIDDEN, 2 * LATENT))
     prior = {
         "standard": lambda: pv.priors.StandardNormal(LATENT),
-        "mixture": lambda: pv.priors.GaussianMixture(LATENT, COMPONENTS),
+        "mixture": lambda: pv.priors.GaussianMixture(LATENT, COMPONENTS, seed=seed),
         "vamp": lambda: pv.priors.VampPrior.at_random(
             guide.posterior, COMPONENTS, 784, mean=mean, sd=0.05, seed=seed
         ),
@@ -150,10 +150,10 @@ def evaluate(name: str, seed: int, runs: Path, data: Any) -> dict[str, Any]:
     kept = Kept(_folder(name, seed, runs), model, guide)
     (x,) = data.test
     parts = [
-        kept(f"bounds-{start}", lambda start=start: weighed(
-            model, guide, x[start : start + CHUNK], seed=seed + start
+        kept(f"bounds-{k}-of-{CHUNK}", lambda rows=rows, k=k: weighed(
+            model, guide, rows, seed=seed + k
         ))
-        for start in range(0, len(x), CHUNK)
+        for k, rows in enumerate(x.split(CHUNK))
     ]  # fmt: skip
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {

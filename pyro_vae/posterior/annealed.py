@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PILOT = 32
 """Particles that tune a path."""
+SALT = 2**31
+"""Parts the random stream of simulated latents from those of the chains that start beside them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -249,7 +251,7 @@ def sandwich(
         True
     """
     _check(model, guide, batch, particles, temperatures)
-    with preserved_rng(seed):
+    with preserved_rng(seed + SALT):
         latents, simulated = simulate(model, batch)
     with frozen(model, guide), pyro.validation_enabled(False):
         target = LogJoint(model, simulated)

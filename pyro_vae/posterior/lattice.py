@@ -18,8 +18,8 @@ FEWEST = 8
 """Data for which a lattice is cheaper than a grid of its own for each."""
 HELD = 2**25
 """Densities held at once, of all data and nodes."""
-FEW = 2**6
-"""Data whose densities are looked at together: what that needs stays in the heap."""
+TOGETHER = 2**21
+"""Densities looked at together: what that needs stays in the heap."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def _integrate(
     cell = (half * 2 / side).prod().log()
     log_prior, scores = crossed(target, _nodes(target, low, high, side), chunk=chunk)
     scores += log_prior
-    for values, where in zip(scores.split(FEW), index.split(FEW), strict=True):
+    few = max(1, TOGETHER // side**dim)
+    for values, where in zip(scores.split(few), index.split(few), strict=True):
         top = values.amax(1, keepdim=True)
         height = values - top
         begin, end = extent(height.float().reshape(-1, *[side] * dim), side)

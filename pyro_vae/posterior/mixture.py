@@ -28,11 +28,16 @@ class Mixture(NamedTuple):
         return self.mean[row, component] + coloured
 
     def log_prob(self, u: Tensor) -> Tensor:
-        """Log g at `(S, B, L)`, `(S, B)` nats."""
-        mean, covariance = self.moments()
+        """Log g at `(S, B, L)`, `(S, B)` nats.
+
+        By one matrix product in float64: a narrow component far from the others cancels to an
+        error of ε (distance / sd)², 86 nats in float32 at a distance of 3 and an sd of 0.001.
+        """
+        wide = Mixture(*(part.double() for part in self))
+        mean, covariance = wide.moments()
         scale = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
-        parts = self._standard(mean, scale)._coefficients() @ _features((u - mean) / scale)
-        return parts.logsumexp(1).T - scale.log().sum(-1)
+        parts = wide._standard(mean, scale)._coefficients() @ _features((u - mean) / scale)
+        return (parts.logsumexp(1).T - scale.log().sum(-1)).to(u.dtype)
 
     def widened(self, scale: float, share: float) -> Mixture:
         """With a further component of the moments of all, `scale` times as wide."""

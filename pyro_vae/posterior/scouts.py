@@ -40,9 +40,9 @@ class Scouts(NamedTuple):
 def scouted(target: LogJoint) -> Scouts | None:
     r"""Fit a mixture to draws of the prior with weights $p(x \mid z)^\beta$, for each datum.
 
-    A latent is decoded once for all data: thousands of draws cost no more than those few that
-    each datum can afford alone, and see modes that these miss. $\beta$ is the largest power up
-    to 1 that leaves 32 of them effective: they say the more, the nearer it is to 1.
+    A latent is decoded once for a hundred data: thousands of draws cost no more than those few
+    that each datum can afford alone, and see modes that these miss. $\beta$ is the largest power
+    up to 1 that leaves 32 of them effective: they say the more, the nearer it is to 1.
 
     Returns:
         `None` in many dimensions, or where the target is not one that `shares_latents`.
@@ -52,6 +52,7 @@ def scouted(target: LogJoint) -> Scouts | None:
     count = len(target.batch[0])
     first = target.rows(slice(0, 1))
     u = first.prior_draws(min(SCOUTS, EACH * count)).squeeze(1)
+    u = u[torch.isfinite(u).all(-1)]  # others lie on the border of their support
     if not shares_latents(target, u[:ASKED], chunk=DECODED):
         return None
     mixtures, powers = [], []
