@@ -413,8 +413,8 @@ def figure(runs: Path, prior: str = "standard", seed: int = 0, digits: int = 6) 
         pictures=list(zip(rows[0], means, strict=True)), shape=data.image_shape,
     )  # fmt: skip
     bottom.suptitle(
-        f"{prior} prior: the images of {len(best):,} that a Gaussian of their own represents "
-        "worst: the better of one climbed to from the encoder and one from the exact peak",
+        f"{prior} prior: the images of {len(best):,} that their own Gaussian represents worst\n"
+        "(the better of one climbed to from the encoder's answer and one from the exact peak)",
         fontsize=11,
     )
     page.savefig(ROOT / "docs/small_latents.png")
