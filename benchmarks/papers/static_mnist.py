@@ -47,7 +47,7 @@ from pyro_vae.svi import objectives
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/papers/static_mnist.json"
 COST = (
-    "hours on one busy core: standard 1, mixture and flow 1.5, VampPrior 4; what goes on, "
+    "hours on one busy core: standard 1, mixture 1.5, flow 2, VampPrior 4; what goes on, "
     "minutes; evaluate, half an hour a row; confirm, as much"
 )
 LATENT, HIDDEN, COMPONENTS = 40, (300, 300), 500
