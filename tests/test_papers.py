@@ -124,12 +124,14 @@ def test_static_mnist(
         assert "ran 2 epochs" in call("fit", row)
     with pytest.raises(SystemExit):
         call("confirm", "vamp")
-    assert "vamp is to be" not in call("evaluate", "vamp")
+    assert "vamp of seed 0 is to be evaluated first" in capsys.readouterr().err
+    call("evaluate", "vamp")
     call("confirm", "vamp")
     assert "quoted by pythae" in call("evaluate", "vamp, tighter")  # which fits it first
     call("confirm", "vamp, tighter")
     record, tighter = json.loads(results.read_text())
     assert record["epochs"] == 2 and record["rows"] == 60 and record["few_rows"] == 3
+    assert record["draws"] == 200
     assert record["elbo"] < record["log_likelihood"] < 0
     assert tighter["epochs"] == 5 and len(tighter["curve"]["train"]) == 1
     gain, own = tighter["few_iwae_gain"], tighter["few_iwae"]
