@@ -72,7 +72,7 @@ def test_small_latents(
     assert record["quadrature_error"] < 0.01
     recipe.table()
     assert capsys.readouterr().out.count("| vamp | 0 |") == 6
-    recipe.figure(tmp_path / "runs", "vamp", digits=2)
+    recipe.figure("vamp", 0, tmp_path / "runs", digits=2)
     assert (tmp_path / "docs/small_latents.png").stat().st_size > 10_000
 
     for forbidden in ("quadrature", "hmc", "annealed"):  # all of it is on disk

@@ -384,7 +384,7 @@ def _over(records: list[dict[str, Any]], name: str, digits: int, *, percent: boo
     return f"{factor * np.mean(values):.{digits}f} ± {factor * error:.{digits}f}{unit}"
 
 
-def figure(runs: Path, prior: str = "standard", seed: int = 0, digits: int = 6) -> None:
+def figure(prior: str, seed: int, runs: Path, digits: int = 6) -> None:
     """Draw the table, what k-hat sees, and posteriors that no Gaussian can represent."""
     from matplotlib.figure import Figure
 
@@ -403,7 +403,7 @@ def figure(runs: Path, prior: str = "standard", seed: int = 0, digits: int = 6) 
     top, bottom = page.subfigures(2, 1, height_ratios=[1, 1.15])
     left, right = top.subplots(1, 2, width_ratios=[1.5, 1])
     _dots(left, read(RESULTS))
-    _khat(right, _kept(kept, "mean-field")[1], f"{prior} prior, amortized mean-field")
+    _khat(right, _kept(kept, "mean-field")[1], f"{prior} prior, seed {seed}, amortized mean-field")
     features = torch.stack([_kept(kept, f"{name}, climbed") for name in names])
     draws = pv.bounds(model, local(*rows, features[which[worst], worst]), rows, draws=1000).draws
     means = pv.observation(model, {"z": draws.mean.to(rows[0])}, rows).mean
@@ -413,7 +413,8 @@ def figure(runs: Path, prior: str = "standard", seed: int = 0, digits: int = 6) 
         pictures=list(zip(rows[0], means, strict=True)), shape=data.image_shape,
     )  # fmt: skip
     bottom.suptitle(
-        f"{prior} prior: the images of {len(best):,} that their own Gaussian represents worst\n"
+        f"{prior} prior, seed {seed}: the images of {len(best):,} that their own Gaussian "
+        "represents worst\n"
         "(the better of one climbed to from the encoder's answer and one from the exact peak)",
         fontsize=11,
     )
@@ -476,10 +477,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/papers/small_latents")
     options = parser.parse_args()
+    which = options.prior, options.seed, options.runs
     if options.what == "run":
-        run(options.prior, options.seed, options.runs)
+        run(*which)
     if options.what == "figure":
-        return figure(options.runs)
+        return figure(*which)
     table()
 
 
