@@ -36,6 +36,14 @@ def test_it_agrees_with_closed_forms() -> None:
     assert ((drawn.mean - found.mean).abs() < 5 * posterior.variance.detach().sqrt() / 20).all()
 
 
+def test_latents_of_double_precision_keep_it() -> None:
+    model = random_ppca(5, 2).double()
+    x = model(None, size=8).detach()
+    found = annealed(model, (x,), particles=32, temperatures=8, progress=False)
+    assert found.draws["z"].dtype == torch.float64
+    assert_z(found.log_evidence, model.log_evidence(x).detach(), found.error)
+
+
 def test_it_agrees_with_the_grid_on_digits(trained: Pair, digits: Any) -> None:
     x = digits.test[0][:64]
     exact = quadrature(trained.model, (x,)).log_evidence

@@ -302,7 +302,7 @@ def _tuned(base: Base, particles: int, temperatures: int) -> _Schedule:
     row = torch.arange(betas.shape[1])
     rungs = []
     for t in range(1, temperatures + 1):
-        place = length * (t / temperatures)
+        place = length.to(betas) * (t / temperatures)
         lower = place.ceil().long().clamp_min(1) - 1
         lower = lower.minimum(length - 1)
         beta = torch.lerp(betas[lower, row], betas[lower + 1, row], place - lower)
