@@ -119,6 +119,32 @@ def test_a_guide_at_the_minor_mode_is_the_encoders_fault(double: None) -> None:
     assert found.inference.min() > 5 and found.approximation.max() < 0.1
 
 
+NARROW, BROAD = torch.tensor([2.5, 0.0]), torch.tensor([-1.0, 0.0])
+
+
+def _needle(x: Tensor) -> None:
+    """x[0] sees a needle, which few draws of the prior meet, and a hill beside it."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        needle = 10 * (-(z - NARROW).square().sum(-1) / (2 * 0.1**2)).exp()
+        hill = 5 * (-(z - BROAD).square().sum(-1) / (2 * 0.3**2)).exp()
+        mean = torch.stack([needle + hill, torch.zeros_like(hill)], -1)
+        pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+
+def test_a_mode_that_few_draws_of_the_prior_meet() -> None:
+    x = torch.tensor([[10.0, 5.0]]).expand(64, -1)  # no simulated x[1] is as far
+
+    def tells_unless_x1_is_far(x: Tensor) -> Any:
+        right = (x[:, :1] > 9) & (x[:, 1:] < 4.5)
+        mode = torch.where(right, NARROW, BROAD)
+        return dist.Normal(mode, torch.where(right, 0.05, 0.2).expand(mode.shape)).to_event(1)
+
+    exact = quadrature(_needle, (x[:1],)).log_evidence.expand(64)
+    found = quiet(_needle, guide_of(tells_unless_x1_is_far), (x,), log_evidence=exact)
+    assert found.inference.min() > 3 and found.approximation.max() < 0.5
+
+
 def test_a_guide_that_knows_its_own_rows_alone() -> None:
     model = random_ppca()
     x = model(None, size=5).detach()

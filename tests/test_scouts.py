@@ -13,7 +13,7 @@ from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import preserved_rng
 from pyro_vae.posterior import annealed, convergence, hmc, sandwich, scouts
 from pyro_vae.posterior.mixture import Mixture
-from pyro_vae.posterior.scouts import scouted
+from pyro_vae.posterior.scouts import heaviest, scouted
 from pyro_vae.posterior.tempering import tempered
 from truth import assert_z
 
@@ -83,6 +83,18 @@ def test_a_datum_without_likelihood_leaves_the_others_alone() -> None:
     x = torch.cat([_far()[:9], torch.full((1, 2), torch.inf)])
     found = scouted(LogJoint(_mirrored, (x,)))
     assert found is not None and all(torch.isfinite(part).all() for part in found.mixture)
+
+
+def test_the_heaviest_mode_is_named() -> None:
+    def tilted(x: Tensor) -> None:
+        """Odds of e^x0 for the right mode of two."""
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor([0.5, 0.0]), 1.0).to_event(1))
+            seen = torch.stack([z[..., 0].abs(), z[..., 1]], -1)
+            pyro.sample("x", dist.Normal(seen, NOISE).to_event(1), obs=x)
+
+    found = heaviest(LogJoint(tilted, (_far(),)), 32)
+    assert found is not None and (found - _far()).abs().max() < 3 * NOISE
 
 
 def test_a_mixture_beside_another() -> None:

@@ -64,3 +64,21 @@ def scouted(target: LogJoint) -> Scouts | None:
         mixtures.append(fit_mixture(chosen, torch.ones_like(chosen[..., 0]), COMPONENTS))
         powers.append(power.to(u.dtype))
     return Scouts(Mixture(*map(torch.cat, zip(*mixtures, strict=True))), torch.cat(powers))
+
+
+@torch.no_grad()
+def heaviest(target: LogJoint, draws: int) -> Tensor | None:
+    """The middle of the component of scouts' mixtures that has the highest ELBO, `(B, L)`.
+
+    Where several modes lie apart, that is a place in the one of most mass.
+    """
+    if (found := scouted(target)) is None:
+        return None
+    elbos = []
+    for k in range(COMPONENTS):
+        share, *shape = (part[:, k : k + 1] for part in found.mixture)
+        own = Mixture(torch.zeros_like(share), *shape)
+        u = own.sample(draws)
+        elbos.append((target(u) - own.log_prob(u)).mean(0))
+    best = torch.stack(elbos).nan_to_num(-torch.inf).argmax(0)
+    return found.mixture.mean[torch.arange(len(best)), best]

@@ -44,9 +44,10 @@ class Family:
         """
         members = self.member(free).items()
         latents = {name: q.expand((draws, *q.batch_shape)).rsample() for name, q in members}
-        return latents, self._log_prob(score, latents, draws)
+        return latents, self.log_prob(score, latents, draws)
 
-    def _log_prob(self, free: Tensor, latents: dict[str, Tensor], draws: int) -> Tensor:
+    def log_prob(self, free: Tensor, latents: dict[str, Tensor], draws: int) -> Tensor:
+        """Log q(z | λ) of latents, each `(S, B, *event)`, `(S, B)` nats."""
         sites = [
             {"fn": q, "value": latents[name], "mask": self.masks[name]}
             for name, q in self.member(free).items()
@@ -62,7 +63,7 @@ class Family:
         with torch.no_grad():
             latents, _ = self.draw(free, draws, score=free)
         with torch.enable_grad():
-            scores = self._log_prob(free, latents, draws).sum(-1)
+            scores = self.log_prob(free, latents, draws).sum(-1)
         gradients = [torch.autograd.grad(s, free, retain_graph=True)[0] for s in scores]
         fisher = torch.stack(gradients).square().mean(0)
         return torch.where(fisher > 0, fisher.rsqrt().clamp_max(LARGEST_UNIT), 0.0)

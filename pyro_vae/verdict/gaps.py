@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.checks import check_pair, refuse
+from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import (
     Batch,
     Guide,
@@ -26,6 +27,7 @@ from pyro_vae.pair import (
     preserved_rng,
     simulate,
 )
+from pyro_vae.posterior.scouts import heaviest
 from pyro_vae.tables import Tabular, by_datum
 from pyro_vae.verdict.family import Family, family_of
 
@@ -136,9 +138,11 @@ def gaps(
     sweeps the step size falls from `lr`; a datum keeps what a sweep found if it does better on
     held-out draws, and what the last one gained is `drift`. The first sweep starts twice: from
     the guide's answer, and, as that may lie at a minor mode, from whichever of its answers to
-    1,024 simulated data suits the datum best. The guide's own answer is kept where nothing beats
-    it. All ELBOs are then measured on further draws, from the same random numbers for q and
-    $q^*$.
+    1,024 simulated data suits the datum best. In up to three latent dimensions, where data share
+    one decoder, draws of the prior say where most of each posterior is, and the answer is taken
+    under which that place is likeliest; elsewhere the one of which a draw is likeliest. The
+    guide's own answer is kept where nothing beats it. All ELBOs are then measured on further
+    draws, from the same random numbers for q and $q^*$.
 
     Args:
         model: p(z) p(x | z).
@@ -249,25 +253,48 @@ class _Search:
             return family_of(self.guide, self.batch)
 
     def _elsewhere(self) -> Tensor:
-        """Of the guide's answers to simulated data the one whose draw suits each datum best."""
+        """Of the guide's answers to simulated data the one that suits each datum best."""
         rows = len(self.batch[0])
+        with torch.no_grad(), poutine.block():
+            places = self._places()
+            try:
+                answers = [self._answer(self.model) for _ in range(math.ceil(STARTS / rows))]
+                if places is not None:
+                    answers.append(self._answer(poutine.condition(self.model, data=places)))
+            except (ValueError, NotImplementedError):  # it knows its own data alone, or no x
+                return self.family.start
+            suits = self._drawn_well(answers) if places is None else self._told(answers, places)
+        return torch.cat(answers)[suits.nan_to_num(-torch.inf).argmax(0)]
+
+    def _places(self) -> dict[str, Tensor] | None:
+        """Latents where most of each posterior is, `(B, *event)`, if that can be known."""
         try:
-            with torch.no_grad(), poutine.block():
-                answers = [
-                    self.family.answer(simulate(self.model, self.batch)[1])
-                    for _ in range(math.ceil(STARTS / rows))
-                ]
-        except (ValueError, NotImplementedError):  # a guide of its own data, x that is not drawn
-            return self.family.start
-        with torch.no_grad():
-            drawn = [self.family.draw(answer, 1, score=answer)[0] for answer in answers]
-            latents = {name: torch.cat([z[name][0] for z in drawn]) for name in drawn[0]}
-            blocks = torch.arange(rows * len(answers)).split(self.draws)
-            scores = [
-                self._log_joint({name: _to_all(z[some], rows) for name, z in latents.items()})
-                for some in blocks
-            ]
-        return torch.cat(answers)[torch.cat(scores).nan_to_num(-torch.inf).argmax(0)]
+            target = LogJoint(self.model, self.batch)
+        except ValueError:  # supports that move, say
+            return None
+        if (u := heaviest(target, self.draws)) is None:
+            return None
+        return {name: z[0] for name, z in target.constrain(u.unsqueeze(0))[0].items()}
+
+    def _answer(self, model: Model) -> Tensor:
+        return self.family.answer(simulate(model, self.batch)[1])
+
+    def _told(self, answers: list[Tensor], places: dict[str, Tensor]) -> Tensor:
+        """How likely each answer finds the place of each datum, `(answers, B)`."""
+        rows = len(self.batch[0])
+        there = {name: _to_all(z, rows) for name, z in places.items()}
+        return torch.cat([self.family.log_prob(answer, there, rows).T for answer in answers])
+
+    def _drawn_well(self, answers: list[Tensor]) -> Tensor:
+        """How likely each datum finds a draw of each answer, `(answers, B)`."""
+        rows = len(self.batch[0])
+        drawn = [self.family.draw(answer, 1, score=answer)[0] for answer in answers]
+        latents = {name: torch.cat([z[name][0] for z in drawn]) for name in drawn[0]}
+        blocks = torch.arange(rows * len(answers)).split(self.draws)
+        return torch.cat([
+            self._log_joint({name: _to_all(z[some], rows) for name, z in latents.items()})
+            for some in blocks
+        ])  # fmt: skip
 
     def _best(self, first: Tensor, *others: Tensor) -> Tensor:
         """Of several λ the one with the highest ELBO, for each datum."""
