@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -107,7 +108,13 @@ def _folded(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(mean, noise).to_event(1), obs=x)
 
 
-def test_a_guide_at_the_minor_mode_is_the_encoders_fault(double: None) -> None:
+@pytest.mark.parametrize("place", [None, 0.0])
+def test_a_guide_at_the_minor_mode_is_the_encoders_fault(
+    double: None, monkeypatch: pytest.MonkeyPatch, place: float | None
+) -> None:
+    wrong = None if place is None else torch.full((3, 1), place)
+    search = importlib.import_module("pyro_vae.verdict.gaps")
+    monkeypatch.setattr(search, "heaviest", lambda target, draws: wrong)
     x = torch.tensor([[4.0, 2.0], [4.0, -2.0], [2.0, 3.0]])
 
     def wrong_side(x: Tensor) -> Any:
@@ -117,6 +124,25 @@ def test_a_guide_at_the_minor_mode_is_the_encoders_fault(double: None) -> None:
     exact = quadrature(_folded, (x,)).log_evidence
     found = quiet(_folded, guide_of(wrong_side), (x,), log_evidence=exact)
     assert found.inference.min() > 5 and found.approximation.max() < 0.1
+
+
+class _Bent(pv.guides.NormalGuide):
+    """A mean-field Gaussian, bent by a flow that scores what it has drawn alone."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__(encoder)
+        self.flow = dist.transforms.Planar(2)
+
+    def distribution(self, features: Tensor) -> Any:
+        return dist.TransformedDistribution(super().distribution(features), [self.flow])
+
+
+def test_a_family_that_cannot_score_a_given_place() -> None:
+    model = random_ppca()
+    x = model(None, size=5).detach()
+    guide = _Bent(pv.networks.MLP(6, 4))
+    found = quiet(model, guide, (x,), log_evidence=model.log_evidence(x).detach(), steps=80)
+    assert (found.approximation < 0.5 * found.inference).all()
 
 
 NARROW, BROAD = torch.tensor([2.5, 0.0]), torch.tensor([-1.0, 0.0])

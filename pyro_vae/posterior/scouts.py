@@ -53,7 +53,7 @@ def scouted(target: LogJoint) -> Scouts | None:
     first = target.rows(slice(0, 1))
     u = first.prior_draws(min(SCOUTS, EACH * count)).squeeze(1)
     u = u[torch.isfinite(u).all(-1)]  # others lie on the border of their support
-    if not shares_latents(target, u[:ASKED], chunk=DECODED):
+    if not len(u) or not shares_latents(target, u[:ASKED], chunk=DECODED):
         return None
     mixtures, powers = [], []
     for rows in torch.arange(count).split(ROWS):
@@ -80,5 +80,5 @@ def heaviest(target: LogJoint, draws: int) -> Tensor | None:
         own = Mixture(torch.zeros_like(share), *shape)
         u = own.sample(draws)
         elbos.append((target(u) - own.log_prob(u)).mean(0))
-    best = torch.stack(elbos).nan_to_num(-torch.inf).argmax(0)
+    best = torch.stack(elbos).nan_to_num(-torch.inf, posinf=-torch.inf).argmax(0)
     return found.mixture.mean[torch.arange(len(best)), best]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import pyro
@@ -139,10 +140,10 @@ def gaps(
     held-out draws, and what the last one gained is `drift`. The first sweep starts twice: from
     the guide's answer, and, as that may lie at a minor mode, from whichever of its answers to
     1,024 simulated data suits the datum best. In up to three latent dimensions, where data share
-    one decoder, draws of the prior say where most of each posterior is, and the answer is taken
-    under which that place is likeliest; elsewhere the one of which a draw is likeliest. The
-    guide's own answer is kept where nothing beats it. All ELBOs are then measured on further
-    draws, from the same random numbers for q and $q^*$.
+    one decoder, draws of the prior tell where most of a posterior is, the better the more data
+    there are, and a third start is the answer under which that place is likeliest. The guide's
+    own answer is kept where nothing beats it. All ELBOs are then measured on further draws, from
+    the same random numbers for q and $q^*$.
 
     Args:
         model: p(z) p(x | z).
@@ -204,7 +205,7 @@ def gaps(
     slices = [slice(i, i + rows) for i in range(0, len(batch[0]), rows)]
     sweep = steps // SWEEPS
     blocks = math.ceil(evaluation_draws / draws)
-    bar = tqdm(total=(SWEEPS + 1) * sweep * len(slices), desc="gaps", disable=not progress)
+    bar = tqdm(total=SWEEPS * sweep * len(slices), desc="gaps", disable=not progress)
     with bar, preserved_rng(seed), frozen(model, guide), pyro.validation_enabled(False):
         parts = []
         for index in slices:
@@ -238,8 +239,10 @@ class _Search:
     def __call__(self, steps: int, lr: float) -> tuple[Tensor, ...]:
         """Log weights of q, of q*, and of the search before and after its last sweep."""
         own = self.family.start
-        near, far = (self._climb(start, steps, lr) for start in (own, self._elsewhere()))
-        free = before = self._best(own, near, far)
+        starts = [own, *self._elsewhere()]
+        self.bar.total += (len(starts) - 1) * steps
+        climbed = [self._climb(start, steps, lr) for start in starts]
+        free = before = self._best(own, *climbed)
         for _ in range(1, SWEEPS):
             before, free = free, self._best(free, self._climb(free, steps, lr))
         better = self._higher(self._member(free), self._amortized)
@@ -252,49 +255,48 @@ class _Search:
         with torch.no_grad(), poutine.block():
             return family_of(self.guide, self.batch)
 
-    def _elsewhere(self) -> Tensor:
-        """Of the guide's answers to simulated data the one that suits each datum best."""
-        rows = len(self.batch[0])
+    def _elsewhere(self) -> list[Tensor]:
+        """Of the guide's answers to simulated data those that suit each datum best."""
         with torch.no_grad(), poutine.block():
-            places = self._places()
             try:
-                answers = [self._answer(self.model) for _ in range(math.ceil(STARTS / rows))]
-                if places is not None:
-                    answers.append(self._answer(poutine.condition(self.model, data=places)))
+                answers = self._answers(self.model, math.ceil(STARTS / len(self.batch[0])))
             except (ValueError, NotImplementedError):  # it knows its own data alone, or no x
-                return self.family.start
-            suits = self._drawn_well(answers) if places is None else self._told(answers, places)
-        return torch.cat(answers)[suits.nan_to_num(-torch.inf).argmax(0)]
+                return []
+            found = [self._suited(answers, self._drawn_well)]
+            with suppress(ValueError, NotImplementedError, KeyError):  # a pair that hides places
+                if (places := self._places()) is not None:
+                    there = poutine.condition(self.model, data=places)
+                    answers = torch.cat([answers, self._answers(there, 1)])
+                    found.append(self._suited(answers, partial(self._told, places)))
+        return found
+
+    def _answers(self, model: Model, times: int) -> Tensor:
+        answer = self.family.answer
+        return torch.cat([answer(simulate(model, self.batch)[1]) for _ in range(times)])
+
+    def _suited(self, answers: Tensor, suits: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of answers `(A, F)` the one that suits each datum best."""
+        scores = torch.cat([suits(some) for some in answers.split(len(self.batch[0]))])
+        return answers[scores.nan_to_num(-torch.inf, posinf=-torch.inf).argmax(0)]
+
+    def _drawn_well(self, answers: Tensor) -> Tensor:
+        """How likely each datum finds a draw of each answer, `(A, B)`."""
+        drawn = self.family.draw(answers, 1, score=answers)[0]
+        blocks = _blocks({name: z[0] for name, z in drawn.items()}, self.draws, len(answers))
+        return torch.cat([self._log_joint(z) for _, z in blocks])
+
+    def _told(self, places: dict[str, Tensor], answers: Tensor) -> Tensor:
+        """How likely each answer finds the place of each datum, `(A, B)`."""
+        family = replace(self.family, masks=dict.fromkeys(places))
+        blocks = _blocks(places, self.draws, len(answers))
+        return torch.cat([family.log_prob(answers, z, count) for count, z in blocks]).T
 
     def _places(self) -> dict[str, Tensor] | None:
         """Latents where most of each posterior is, `(B, *event)`, if that can be known."""
-        try:
-            target = LogJoint(self.model, self.batch)
-        except ValueError:  # supports that move, say
-            return None
+        target = LogJoint(self.model, self.batch)
         if (u := heaviest(target, self.draws)) is None:
             return None
         return {name: z[0] for name, z in target.constrain(u.unsqueeze(0))[0].items()}
-
-    def _answer(self, model: Model) -> Tensor:
-        return self.family.answer(simulate(model, self.batch)[1])
-
-    def _told(self, answers: list[Tensor], places: dict[str, Tensor]) -> Tensor:
-        """How likely each answer finds the place of each datum, `(answers, B)`."""
-        rows = len(self.batch[0])
-        there = {name: _to_all(z, rows) for name, z in places.items()}
-        return torch.cat([self.family.log_prob(answer, there, rows).T for answer in answers])
-
-    def _drawn_well(self, answers: list[Tensor]) -> Tensor:
-        """How likely each datum finds a draw of each answer, `(answers, B)`."""
-        rows = len(self.batch[0])
-        drawn = [self.family.draw(answer, 1, score=answer)[0] for answer in answers]
-        latents = {name: torch.cat([z[name][0] for z in drawn]) for name in drawn[0]}
-        blocks = torch.arange(rows * len(answers)).split(self.draws)
-        return torch.cat([
-            self._log_joint({name: _to_all(z[some], rows) for name, z in latents.items()})
-            for some in blocks
-        ])  # fmt: skip
 
     def _best(self, first: Tensor, *others: Tensor) -> Tensor:
         """Of several λ the one with the highest ELBO, for each datum."""
@@ -350,9 +352,14 @@ class _Search:
         return (elbo > rival) & (elbo < self.log_evidence.to(elbo) + ROUNDING)
 
 
-def _to_all(z: Tensor, rows: int) -> Tensor:
-    """Draws `(S, *event)` as those of each datum, `(S, B, *event)`."""
-    return z.unsqueeze(1).expand(len(z), rows, *z.shape[1:])
+def _blocks(
+    latents: dict[str, Tensor], size: int, rows: int
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Latents `(A, *event)` as draws of each of `rows` data, `(size, rows, *event)` at a time."""
+    for parts in zip(*(z.split(size) for z in latents.values()), strict=True):
+        count = len(parts[0])
+        wide = (z.unsqueeze(1).expand(count, rows, *z.shape[1:]) for z in parts)
+        yield count, dict(zip(latents, wide, strict=True))
 
 
 def _check_evidence(value: Tensor, error: Tensor, size: int) -> None:
