@@ -403,7 +403,7 @@ def figure(prior: str, seed: int, runs: Path, digits: int = 6) -> None:
     top, bottom = page.subfigures(2, 1, height_ratios=[1, 1.15])
     left, right = top.subplots(1, 2, width_ratios=[1.5, 1])
     _dots(left, read(RESULTS))
-    _khat(right, _kept(kept, "mean-field")[1], f"{prior} prior, seed {seed}, amortized mean-field")
+    _khat(right, _kept(kept, "mean-field")[1], f"{prior} prior, seed {seed}, mean-field")
     features = torch.stack([_kept(kept, f"{name}, climbed") for name in names])
     draws = pv.bounds(model, local(*rows, features[which[worst], worst]), rows, draws=1000).draws
     means = pv.observation(model, {"z": draws.mean.to(rows[0])}, rows).mean
