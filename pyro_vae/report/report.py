@@ -117,7 +117,9 @@ def page(
         ValueError: a bad pair, or counts below their minimum.
 
     Example:
+        >>> import torch
         >>> import pyro_vae as pv
+        >>> _ = torch.manual_seed(0)
         >>> digits = pv.data.load("digits")
         >>> guide = pv.guides.NormalGuide(pv.networks.MLP(64, 4))
         >>> model = pv.models.VAE(
