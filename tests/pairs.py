@@ -70,6 +70,13 @@ def mirrored(mean: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.cholesky((tril @ tril.mT) * flip * flip.unsqueeze(-1))
 
 
+def sparse(x: Tensor) -> None:
+    """Rates with a pole at 0, where single precision rounds every hundredth."""
+    with pyro.plate("data", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(torch.tensor(0.05), 1.0))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
 def two_levels(x: Tensor) -> None:
     """z2 → z1 → x in plain Pyro, each given what is above with variance 1."""
     with pyro.plate("data", len(x)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pairs import Pair, conditional_pair, hierarchical_pair, random_ppca
+from pairs import Pair, conditional_pair, hierarchical_pair, random_ppca, sparse
 from pyro_vae.posterior import annealed, quadrature, sandwich
 from truth import assert_z
 
@@ -42,6 +42,14 @@ def test_latents_of_double_precision_keep_it() -> None:
     found = annealed(model, (x,), particles=32, temperatures=8, progress=False)
     assert found.draws["z"].dtype == torch.float64
     assert_z(found.log_evidence, model.log_evidence(x).detach(), found.error)
+
+
+def test_a_pole_at_a_border() -> None:
+    counts = torch.arange(64.0) % 4
+    found = annealed(sparse, (counts,), progress=False)
+    truth = dist.NegativeBinomial(torch.tensor(0.05), probs=torch.tensor(0.5)).log_prob(counts)
+    lost = torch.where(counts == 0, 0.0059, 0.0)  # Gamma(0.05, 2) below exp(-104)
+    assert_z(found.log_evidence, truth - lost, found.error)
 
 
 def test_it_agrees_with_the_grid_on_digits(trained: Pair, digits: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pairs import Pair, random_ppca, two_levels
+from pairs import Pair, random_ppca, sparse, two_levels
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.posterior import Draws, convergence, hmc, quadrature, sgld
 from pyro_vae.posterior import kernels as kernel
@@ -100,6 +100,15 @@ def test_two_sites_and_a_bounded_one() -> None:
     mean, variance = (counts + 2) / 4, (counts + 2) / 16  # Gamma(2 + x, 1 + 3)
     assert (draws["rate"] > 0).all() and draws["rate"].shape == (4, 400, 256)
     _holds(draws, mean.unsqueeze(-1), variance[:, None, None])
+
+
+def test_a_pole_at_a_border() -> None:
+    counts = torch.arange(4.0).repeat(32)
+    draws = hmc(sparse, (counts,), draws=400, progress=False)
+    found = draws["rate"].mean((0, 1)).double().view(32, 4).mean(0)
+    error = convergence.mcse_mean(draws["rate"].unsqueeze(-1).double()).view(32, 4)
+    truth = (torch.arange(4.0) + 0.05) / 2  # Gamma(0.05 + x, 1 + 1)
+    assert_z(found, truth, error.square().mean(0).sqrt() / 32**0.5)
 
 
 def test_a_wrong_guide_does_not_move_the_answer() -> None:

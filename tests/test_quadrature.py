@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pairs import Pair, digits_pair, random_ppca
+from pairs import Pair, digits_pair, random_ppca, sparse
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.pair import log_densities
 from pyro_vae.posterior import quadrature
@@ -239,6 +239,12 @@ def test_a_density_on_the_positive_reals_is_one_in_z(double: None) -> None:
     torch.testing.assert_close(
         density, dist.Gamma(7.0, 3.0).log_prob(nodes[:, 0]).exp(), atol=1e-6, rtol=1e-6
     )
+
+
+def test_a_pole_at_a_border(double: None) -> None:
+    counts = torch.arange(4.0)
+    truth = dist.NegativeBinomial(torch.tensor(0.05), probs=torch.tensor(0.5)).log_prob(counts)
+    torch.testing.assert_close(quadrature(sparse, (counts,)).log_evidence, truth)
 
 
 def test_a_support_that_moves_with_another_latent_is_refused() -> None:

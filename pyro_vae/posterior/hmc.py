@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import check_model, check_pair
-from pyro_vae.log_joint import LogJoint
+from pyro_vae.log_joint import LogJoint, definite
 from pyro_vae.pair import Batch, Guide, Model, frozen, full_size
 from pyro_vae.posterior.draws import Draws
 from pyro_vae.posterior.kernels import State, Transition, hamiltonian, jump
@@ -322,8 +322,7 @@ def _scored(target: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         parts = [target.parts(some) for some in u.split(max(1, EVALUATIONS // u.shape[1]))]
     log_prior, log_likelihood = (torch.cat(part) for part in zip(*parts, strict=True))
-    log_joint = torch.nan_to_num(log_prior + log_likelihood, nan=-torch.inf, posinf=torch.inf)
-    return log_joint, log_prior
+    return definite(log_prior + log_likelihood), log_prior
 
 
 def _log_proposal(proposal: Mixture, u: Tensor, log_prior: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.log_joint import definite
+
 LogDensity = Callable[[Tensor], Tensor]
 """From `(C, B, L)` to `(C, B)` nats, differentiable."""
 
@@ -149,11 +151,7 @@ def _gradient(log_density: LogDensity, position: Tensor) -> tuple[Tensor, Tensor
     with torch.enable_grad():
         scored = log_density(leaf)
         (gradient,) = torch.autograd.grad(scored.sum(), leaf)
-    return _definite(scored.detach()), torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
-
-
-def _definite(log_density: Tensor) -> Tensor:
-    return torch.nan_to_num(log_density, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return definite(scored.detach()), torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
 
 
 def _colour(whitened: Tensor, metric: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.log_joint import LogJoint
+from pyro_vae.log_joint import LogJoint, definite
 from pyro_vae.pair import Guide
 from pyro_vae.posterior.kernels import State, hamiltonian
 from pyro_vae.posterior.mixture import Mixture, weighted_moments
@@ -139,7 +139,7 @@ def explore(base: Base, particles: int, pool: int, *, threshold: float = 0.5) ->
         u = base.sample(pool)
         rows, size = u.shape[1:]
         parts = [ends(base, part) for part in u.split(max(1, POOLED // rows))]
-        log_base, log_joint = (_finite(torch.cat(end)) for end in zip(*parts, strict=True))
+        log_base, log_joint = (definite(torch.cat(end)) for end in zip(*parts, strict=True))
     beta = u.new_zeros(rows)
     step_size = u.new_full((rows,), 1.0 / size**0.25)
     possible = torch.isfinite(log_joint).any(0)
@@ -171,7 +171,7 @@ def explore(base: Base, particles: int, pool: int, *, threshold: float = 0.5) ->
         u[:, index] = moved.state.position
         with torch.no_grad():
             both = ends(bridge.base, moved.state.position)
-        log_base[:, index], log_joint[:, index] = (_finite(end) for end in both)
+        log_base[:, index], log_joint[:, index] = (definite(end) for end in both)
         rungs.append(Rung(beta.clone(), step_size.clone(), metric))
     return Cloud(u, rungs, possible, *pooled, gradients)
 
@@ -196,7 +196,3 @@ def _factor(u: Tensor) -> Tensor:
 
 def _mixed(log_base: Tensor, log_joint: Tensor, beta: Tensor) -> Tensor:
     return torch.where(beta < 1, torch.lerp(log_base, log_joint, beta), log_joint)
-
-
-def _finite(log_density: Tensor) -> Tensor:
-    return torch.nan_to_num(log_density, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

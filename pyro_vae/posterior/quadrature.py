@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import check_model
-from pyro_vae.log_joint import LogJoint
+from pyro_vae.log_joint import LogJoint, definite
 from pyro_vae.pair import Batch, Model, evaluating, preserved_rng
 from pyro_vae.posterior.draws import Draws
 from pyro_vae.posterior.grid import Grid, extent, unit_nodes
@@ -304,7 +304,7 @@ def _evaluate(target: LogJoint, nodes: Tensor, chunk: int) -> Tensor:
         target(part.to(target.batch[0].device, target.dtype)).double().cpu()
         for part in nodes.split(step)
     ]
-    return torch.cat(values).nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return definite(torch.cat(values))
 
 
 def _log_sum(values: Tensor, box: _Box, side: int) -> Tensor:
