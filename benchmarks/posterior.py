@@ -11,17 +11,14 @@ The measure is ESS per second, warm-up counted, compilation apart. A datum's ESS
 over coordinates of those of z and of z² (antithetic chains flatter the first alone), of plain
 split chains; it is summed over data. Sizes are interleaved; the median of 3 repeats is kept.
 
-The committed figures were measured with a first pool of 256 weighted draws a datum; with the 1,024
-of today ours is about a tenth slower and takes 5,400 densities.
-
-What bounds ours at 1,000 data: 4,650 densities and 1,080 gradients a datum, 1.9 and 0.5 for each
-effective draw, against 4.3 gradients of the fastest peer, whose compiler fuses what we run
+What bounds ours at 1,000 data: 5,490 densities and 1,130 gradients a datum, 2.1 and 0.4 for each
+effective draw, against 3.9 gradients of the fastest peer, whose compiler fuses what we run
 eagerly. By count of operations a density is 50 kflop and passes about 5 kB of activations, a
-gradient twice and three times that: 0.34 Tflop and 40 GB a run. One run of 8.6 s under
-torch.profiler: matrix products 2.5 s (these cores do 170 Gflop/s on products of that shape, so
-2.0 s at best), SiLU and log-sigmoid 1.7 s, all other operations 2.8 s, and what is left is
-Python. So it is not arithmetic that bounds it, but the many small eager operations around it: a
-captured and fused graph is the way to twice the peer.
+gradient twice and three times that: 0.39 Tflop and 45 GB a run. Of one thread on 300 data half the
+time goes to p(x, z), whose matrix products are 28 % of the whole, and 27 % went to the scouts of
+`posterior/scouts.py`; after the committed run these became a third cheaper. So it is not
+arithmetic that bounds it, but many eager operations around it: a captured and fused graph is the
+way past the peer.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def crossed(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> tuple[Te
             scores = zip(decoded.families, data, strict=True)
             log_likelihood[:, part] = sum(family.log_prob(x).cpu() for family, x in scores)
     for score in (log_prior, log_likelihood):
-        score.nan_to_num_(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        score.nan_to_num_(-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
     return log_prior, log_likelihood
 
 

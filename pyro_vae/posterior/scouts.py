@@ -57,9 +57,9 @@ def scouted(target: LogJoint) -> Scouts | None:
         return None
     mixtures, powers = [], []
     for rows in torch.arange(count).split(ROWS):
-        log_likelihood = crossed(target.rows(rows), u, chunk=DECODED)[1].T.to(u)
-        power = tempered(log_likelihood, torch.ones_like(log_likelihood[0]), 1.0, EFFECTIVE)
-        share = (power * log_likelihood).softmax(0).T.nan_to_num(1.0)
+        log_likelihood = crossed(target.rows(rows), u, chunk=DECODED)[1].to(u)
+        power = tempered(log_likelihood.T, torch.ones_like(log_likelihood[:, 0]), 1.0, EFFECTIVE)
+        share = (power.unsqueeze(-1) * log_likelihood).softmax(-1).nan_to_num(1.0)
         chosen = u[torch.multinomial(share, CHOSEN, replacement=True)].movedim(0, 1)
         mixtures.append(fit_mixture(chosen, torch.ones_like(chosen[..., 0]), COMPONENTS))
         powers.append(power.to(u.dtype))

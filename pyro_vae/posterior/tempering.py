@@ -23,15 +23,14 @@ def tempered(log_weight: Tensor, room: Tensor, threshold: float, count: int) -> 
     Returns:
         `(B,)`, at least 1e-6.
     """
-    shifted = log_weight - log_weight.max(0).values
-    wanted = threshold * torch.isfinite(shifted).sum(0).to(room).clamp_max(count)
+    wanted = threshold * (log_weight > -torch.inf).sum(0).to(room).clamp_max(count)
 
-    def enough(power: Tensor, which: Tensor) -> Tensor:
-        weight = (power * shifted[:, which]).exp().nan_to_num(0.0)
-        return weight.sum(0).square() / weight.square().sum(0) >= wanted[which]
+    def enough(power: Tensor, which: Tensor | slice) -> Tensor:
+        share = (power * log_weight[:, which]).softmax(0)
+        return torch.linalg.vector_norm(share, dim=0).pow(-2) >= wanted[which]
 
     found = room.clone()
-    left = (~enough(room, torch.arange(len(room)))).nonzero().flatten()
+    left = (~enough(room, slice(None))).nonzero().flatten()
     low, high = torch.zeros_like(room[left]), room[left]
     for _ in range(30 if len(left) else 0):
         middle = (low + high) / 2
