@@ -11,12 +11,12 @@ The measure is ESS per second, warm-up counted, compilation apart. A datum's ESS
 over coordinates of those of z and of z² (antithetic chains flatter the first alone), of plain
 split chains; it is summed over data. Sizes are interleaved; the median of 3 repeats is kept.
 
-What bounds ours at 1,000 data: 5,490 densities and 1,130 gradients a datum, 2.1 and 0.4 for each
+What bounds ours at 1,000 data: 5,410 densities and 1,120 gradients a datum, 2.1 and 0.4 for each
 effective draw, against 3.9 gradients of the fastest peer, whose compiler fuses what we run
 eagerly. By count of operations a density is 50 kflop and passes about 5 kB of activations, a
-gradient twice and three times that: 0.39 Tflop and 45 GB a run. Of one thread on 300 data half the
+gradient twice and three times that: 0.38 Tflop and 44 GB a run. Of one thread on 300 data half the
 time goes to p(x, z), whose matrix products are 28 % of the whole, and 27 % went to the scouts of
-`posterior/scouts.py`; after the committed run these became a third cheaper. So it is not
+`posterior/scouts.py`; after the committed run these became 29 % cheaper. So it is not
 arithmetic that bounds it, but many eager operations around it: a captured and fused graph is the
 way past the peer.
 """
@@ -293,7 +293,7 @@ def measure(name: str, sampler: Sampler, x: Tensor) -> Row:
         data=len(x),
         ess_per_second=total / sampled.seconds,
         ess_per_second_with_compilation=total / (sampled.seconds + sampled.compile_seconds),
-        ess_median=ess.median().item(),
+        ess_median=ess.quantile(0.5).item(),
         ess_low=ess.quantile(0.05).item(),
         unconverged=(~(rhat <= 1.01)).double().mean().item(),
         gradients_per_ess=sampled.gradients / total,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -170,9 +171,17 @@ class LogJoint:
 def definite(log_density: Tensor) -> Tensor:
     """A log density in which what is not a number counts as impossible, and infinity too.
 
-    It is infinite where a latent is rounded onto a border of its support at which its density has
-    a pole: exp(-104) is 0 in single precision, and Gamma(0.05) infinite there.
+    Warns:
+        UserWarning: of infinity. A latent is rounded onto a border of its support at which its
+            density has a pole: exp(-104) is 0 in single precision, exp(-746) in double.
+            Gamma(0.05) has 0.6 % of its mass below the former, Gamma(0.01) 36 %.
     """
+    if bool((log_density == torch.inf).any()):
+        warnings.warn(
+            "the density of a latent is infinite where it is rounded onto a border of its support;"
+            " what mass lies there is left out: little, if latents are of double precision",
+            stacklevel=2,
+        )
     return torch.nan_to_num(log_density, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 

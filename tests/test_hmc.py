@@ -102,9 +102,17 @@ def test_two_sites_and_a_bounded_one() -> None:
     _holds(draws, mean.unsqueeze(-1), variance[:, None, None])
 
 
-def test_a_pole_at_a_border() -> None:
+@pytest.mark.filterwarnings("ignore:the density of a latent is infinite")
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_pole_at_a_border(guided: bool) -> None:
+    def guide(x: Tensor) -> None:
+        mean, variance = torch.digamma(x + 0.05) - 0.7, torch.polygamma(1, x + 0.05)
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.LogNormal(mean, variance.sqrt()))
+
     counts = torch.arange(4.0).repeat(32)
-    draws = hmc(sparse, (counts,), draws=400, progress=False)
+    guides = guide if guided else None
+    draws = hmc(sparse(0.05), (counts,), guide=guides, draws=400, progress=False)
     found = draws["rate"].mean((0, 1)).double().view(32, 4).mean(0)
     error = convergence.mcse_mean(draws["rate"].unsqueeze(-1).double()).view(32, 4)
     truth = (torch.arange(4.0) + 0.05) / 2  # Gamma(0.05 + x, 1 + 1)

@@ -151,3 +151,6 @@ def test_the_largest_power_that_leaves_enough() -> None:
     torch.testing.assert_close(effective[:3], torch.full((3,), 32.0).double(), atol=0.01, rtol=0)
     assert power[3] == 1 and effective[3] > 32
     assert (power[:3] < 1).all()
+    seven = torch.full((50, 1), -torch.inf)
+    seven[:7] = 0.0
+    assert tempered(seven, torch.ones(1), 1.0, 32) == 1

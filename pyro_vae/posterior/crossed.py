@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 from torch.nn.functional import softplus
 
-from pyro_vae.log_joint import LogJoint
+from pyro_vae.log_joint import LogJoint, definite
 from pyro_vae.pair import all_sites, log_prob_of, observed_sites
 
 PIXELS = 2**22
@@ -44,9 +44,8 @@ def crossed(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> tuple[Te
             log_prior[part] = decoded.log_prior.cpu().double()
             scores = zip(decoded.families, data, strict=True)
             log_likelihood[:, part] = sum(family.log_prob(x).cpu() for family, x in scores)
-    for score in (log_prior, log_likelihood):
-        score.nan_to_num_(-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-    return log_prior, log_likelihood
+    log_likelihood.nan_to_num_(-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    return definite(log_prior), log_likelihood
 
 
 def shares_latents(target: LogJoint, points: Tensor, *, chunk: int = 2**12) -> bool:

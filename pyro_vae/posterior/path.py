@@ -143,12 +143,12 @@ def explore(base: Base, particles: int, pool: int, *, threshold: float = 0.5) ->
     beta = u.new_zeros(rows)
     step_size = u.new_full((rows,), 1.0 / size**0.25)
     possible = torch.isfinite(log_joint).any(0)
-    pooled = u, log_joint - log_base
+    pooled = u, definite(log_joint - log_base)  # both are -inf where nothing is possible
     rungs: list[Rung] = []
     metric = torch.eye(size).to(u).expand(rows, -1, -1)
     gradients = u.new_zeros(rows)
     while bool((beta[possible] < 1).any()) and len(rungs) < 10_000:
-        log_ratio = log_joint - log_base
+        log_ratio = definite(log_joint - log_base)
         index = torch.nonzero(possible & (beta < 1)).flatten()
         change = tempered(log_ratio[:, index], 1 - beta[index], threshold, particles)
         weight = (change * log_ratio[:, index]).softmax(0)

@@ -27,7 +27,7 @@ def tempered(log_weight: Tensor, room: Tensor, threshold: float, count: int) -> 
 
     def enough(power: Tensor, which: Tensor | slice) -> Tensor:
         share = (power * log_weight[:, which]).softmax(0)
-        return torch.linalg.vector_norm(share, dim=0).pow(-2) >= wanted[which]
+        return torch.linalg.vector_norm(share, dim=0).pow(-2) >= (1 - 1e-6) * wanted[which]
 
     found = room.clone()
     left = (~enough(room, slice(None))).nonzero().flatten()
