@@ -14,7 +14,8 @@ of these cores (164 Gflop/s at these shapes, `torch.mm` timed alone), and near 5
 where weights and activations come from beyond the second cache; Adam's 28 MB of traffic take 0.4,
 the elementwise functions 0.6, gather and call 0.2. Hand-written eager takes 7.0 ms alone and 9 in
 this run, where seven models share the caches. Uncompiled, `fit` pays Pyro's handlers, about two
-milliseconds a step whatever the net: 1.15 times the hand-written step is out of reach on the small.
+milliseconds a step whatever the net: 1.15 times the hand-written step is out of reach on a small
+one.
 
 On a machine with a GPU both run there, with CUDA graphs for ours.
 """
