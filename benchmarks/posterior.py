@@ -16,9 +16,9 @@ effective draw, against 3.9 gradients of the fastest peer, whose compiler fuses 
 eagerly. By count of operations a density is 50 kflop and passes about 5 kB of activations, a
 gradient twice and three times that: 0.38 Tflop and 44 GB a run. Of one thread on 300 data half the
 time goes to p(x, z), whose matrix products are 28 % of the whole, and 27 % went to the scouts of
-`posterior/scouts.py`; after the committed run these became 29 % cheaper. So it is not
-arithmetic that bounds it, but many eager operations around it: a captured and fused graph is the
-way past the peer.
+`posterior/scouts.py`, which became cheaper after the committed run. So it is not arithmetic that
+bounds it, but many eager operations around it: a captured and fused graph is the way
+past the peer.
 """
 
 from __future__ import annotations
