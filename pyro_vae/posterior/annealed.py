@@ -163,6 +163,10 @@ def annealed(
     Raises:
         ValueError: a bad pair or batch; `particles` below 2, `temperatures` below 1.
 
+    Warns:
+        UserWarning: a latent is rounded onto a border of its support where its density is
+            infinite, as Gamma(0.05) is at 0; the mass that lies there is left out.
+
     References:
         Radford M. Neal. *Annealed Importance Sampling*, 2001.
         Yuhuai Wu, Yuri Burda, Ruslan Salakhutdinov, Roger Grosse. *On the Quantitative Analysis

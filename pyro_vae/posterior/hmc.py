@@ -102,6 +102,10 @@ def hmc(
         ValueError: counts below their minimum (`draws >= 4`, or 1 with superchains; the others
             1), a bad pair or batch, a folder of another run.
 
+    Warns:
+        UserWarning: a latent is rounded onto a border of its support where its density is
+            infinite, as Gamma(0.05) is at 0; the mass that lies there is left out.
+
     References:
         Radford M. Neal. *MCMC Using Hamiltonian Dynamics*, 2011.
         Matthew D. Hoffman. *Learning Deep Latent Gaussian Models with Markov Chain Monte

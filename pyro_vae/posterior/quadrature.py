@@ -145,6 +145,10 @@ def quadrature(
         ValueError: more than 3 latent dimensions; a datum without likelihood; a density
             that does not fall off.
 
+    Warns:
+        UserWarning: a latent is rounded onto a border of its support where its density is
+            infinite, as Gamma(0.05) is at 0; the mass that lies there is left out.
+
     References:
         Lloyd N. Trefethen, J. A. C. Weideman. *The Exponentially Convergent Trapezoidal
         Rule*, 2014.
