@@ -127,10 +127,9 @@ def explore(base: Base, particles: int, pool: int, *, threshold: float = 0.5) ->
 
     The first are resampled from a pool of more: it costs no gradients, and a mode that it
     misses is missed for good. Each datum steps to the next β at which its weights
-    $w = (p(x, z) / b(z))^{\Delta\beta}$ keep an effective size of `threshold` times
-    the particles, which are
-    resampled by weight and moved by Hamiltonian Monte Carlo with the cloud's own covariance.
-    Step sizes follow the acceptance.
+    $w = (p(x, z) / b(z))^{\Delta\beta}$ keep an effective size of `threshold` times the
+    particles, which are resampled by weight and moved by Hamiltonian Monte Carlo with the
+    cloud's own covariance. Step sizes follow the acceptance.
 
     References:
         Pierre Del Moral, Arnaud Doucet, Ajay Jasra. *Sequential Monte Carlo Samplers*, 2006.

@@ -137,10 +137,10 @@ def gaps(
     fresh draws, all data together, with the gradient of Roeder et al., which has no noise where
     $q^*$ is exact, and with steps in units of the diagonal Fisher information. In each of four
     sweeps the step size falls from `lr`; a datum keeps what a sweep found if it does better on
-    held-out draws, and what the last one gained is `drift`. The first sweep starts twice: from
-    the guide's answer, and, as that may lie at a minor mode, from whichever of its answers to
-    1,024 simulated data suits the datum best. In up to three latent dimensions, where data share
-    one decoder, draws of the prior tell where most of a posterior is, the better the more data
+    held-out draws, and what the last one gained is `drift`. The first sweep has two starts:
+    the guide's answer and, as that may lie at a minor mode, whichever of its answers to 1,024
+    simulated data suits the datum best. In up to three latent dimensions, where data share one
+    decoder, draws of the prior tell where most of a posterior is, the better the more data
     there are, and a third start is the answer under which that place is likeliest. The guide's
     own answer is kept where nothing beats it. All ELBOs are then measured on further draws, from
     the same random numbers for q and $q^*$.
@@ -166,7 +166,7 @@ def gaps(
     Warning:
         The family is that of the distribution at the site, its parameters free for each datum,
         also those that the guide shares between data. A family with several optima, such as a
-        Gaussian on a posterior of two modes, may have a better one than both climbs reach, and
+        Gaussian on a posterior of two modes, may have a better one than these climbs reach, and
         a guide that answers only to data it knows, or a likelihood that cannot be drawn from,
         leaves the guide's own answer as the one start. Where `settled` is false, more `steps` are
         due.
