@@ -6,9 +6,10 @@ the KL warmed up over 100 epochs, at most 2,000 epochs, 50 without a better vali
 AdamNormGrad at 5e-4, K = 500 pseudo-inputs started at random. What differs: the KL's weight grows
 by step, theirs by epoch; epochs without gain count from the first, theirs after the warm-up; the
 encoder's scales are unbounded softpluses, theirs have log variances in [-6, 2]; pixels have
-logits, theirs probabilities clamped to [1e-5, 1 - 1e-5]; weights start as torch's do, theirs as
-He's; pseudo-inputs are sigmoids that start around the mean pixel with sd 0.05, within
-[0.05, 0.95], theirs are clamped to [0, 1] and start around 0.05 with sd 0.01.
+logits, theirs probabilities clamped to [1e-5, 1 - 1e-5]; the last layers start as torch's do,
+theirs as He's, as do the gated layers of both; pseudo-inputs are sigmoids that start around the
+mean pixel with sd 0.05, within [0.05, 0.95], theirs are clamped to [0, 1] and start around 0.05
+with sd 0.01.
 
 An "averaged" row goes on from its row's weights with Adam at 1e-4, an exponential average of the
 weights over about 1,000 steps, and a patience of 10 epochs: the same networks, a better optimiser.
