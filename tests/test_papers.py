@@ -132,6 +132,7 @@ def test_static_mnist(
     record, tighter = json.loads(results.read_text())
     assert record["epochs"] == 2 and record["rows"] == 60 and record["few_rows"] == 3
     assert record["draws"] == 200
+    assert record["few_validation_elbo"] == record["validation_elbo"]
     assert record["elbo"] < record["log_likelihood"] < 0
     assert tighter["epochs"] == 5 and len(tighter["curve"]["train"]) == 1
     gain, own = tighter["few_iwae_gain"], tighter["few_iwae"]
