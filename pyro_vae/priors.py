@@ -113,6 +113,16 @@ class NormalMixture(dist.MixtureSameFamily):  # type: ignore[misc]  # Any, to my
         floor = joint.detach().amax(-1, keepdim=True) - 80  # exp of less is subnormal, and slow
         return joint.clamp_min(floor).logsumexp(-1)
 
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw latents: a component each, then from that one alone, not from all K."""
+        normal = self._factorised()
+        if normal is None:
+            return super().sample(torch.Size(sample_shape))
+        with torch.no_grad():
+            component = self.mixture_distribution.sample(torch.Size(sample_shape))
+            loc, scale = normal.loc[component], normal.scale[component]
+            return loc + scale * torch.randn_like(loc)
+
     def responsibilities(self, z: Tensor) -> Tensor:
         """The probability of each component given `z`, `(..., L)` to `(..., K)`."""
         return self._joint(z).softmax(-1)
@@ -124,11 +134,16 @@ class NormalMixture(dist.MixtureSameFamily):  # type: ignore[misc]  # Any, to my
 
     def _joint(self, z: Tensor) -> Tensor:
         """Log π_k N_k(z), `(..., L)` to `(..., K)`."""
-        log_weight, parts = self.mixture_distribution.logits, self.component_distribution
-        normal = getattr(parts, "base_dist", None)
-        if isinstance(normal, dist.Normal) and normal.loc.dim() == 2:
+        log_weight, normal = self.mixture_distribution.logits, self._factorised()
+        if normal is not None:
             return _factorised_log_prob(z, normal.loc, normal.scale, log_weight)
-        return parts.log_prob(z.unsqueeze(-2)) + log_weight
+        return self.component_distribution.log_prob(z.unsqueeze(-2)) + log_weight
+
+    def _factorised(self) -> Any:
+        """The normals `(K, L)` of the components, if that is what they are."""
+        normal = getattr(self.component_distribution, "base_dist", None)
+        plain = isinstance(normal, dist.Normal) and normal.loc.dim() == 2
+        return normal if plain else None
 
 
 def _factorised_log_prob(z: Tensor, loc: Tensor, scale: Tensor, log_weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vae as pv
 from pairs import GUIDES, PRIORS, catalogue_pair
@@ -187,6 +188,26 @@ def test_a_matrix_product_loses_no_digit_of_the_mixture(scale: float) -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), parts.logsumexp(1), rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(mixture.responsibilities(z).sum(-1), torch.ones(220))
+
+
+class _Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, made.numel() if isinstance(made, Tensor) else 0)
+        return made
+
+
+def test_a_draw_of_a_mixture_is_drawn_from_one_component() -> None:
+    prior = pv.priors.GaussianMixture(40, 500)()
+    with _Largest() as largest:
+        assert prior.expand((7,)).sample((1000,)).shape == (1000, 7, 40)
+    assert largest.numel == 7000 * 40  # not 500 times as many
 
 
 def test_a_batch_of_mixtures_scores_row_by_row() -> None:
