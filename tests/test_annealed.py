@@ -12,7 +12,9 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pairs import Pair, conditional_pair, hierarchical_pair, random_ppca, sparse
+from pyro_vae.log_joint import LogJoint
 from pyro_vae.posterior import annealed, quadrature, sandwich
+from pyro_vae.posterior.path import Base
 from truth import assert_z
 
 
@@ -52,6 +54,43 @@ def test_a_pole_at_a_border() -> None:
     assert_z(found.log_evidence, truth, found.error)
     assert (found.draws["rate"] > 0).all()
     assert torch.isfinite(sandwich(model, (counts,), progress=False).upper).all()
+
+
+def test_the_prior_stands_in_for_a_guide_only_where_that_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, drawn, plain = random_ppca(6, 4, 0.5), [], LogJoint.prior_draws
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            broken = (x[:, :1] > 100).expand(-1, 4)
+            pyro.sample("z", dist.Normal(torch.where(broken, torch.nan, 0.0), 1.0).to_event(1))
+
+    def counted(target: LogJoint, draws: int) -> Tensor:
+        drawn.append(draws * len(target.batch[0]))
+        return plain(target, draws)
+
+    monkeypatch.setattr(LogJoint, "prior_draws", counted)
+    x = torch.zeros(9, 6)
+    with pyro.validation_enabled(False):
+        Base(LogJoint(model, (x,)), guide)
+        assert sum(drawn) == 9 * 32  # for the prior's scale
+        x[4] = 1000.0
+        base = Base(LogJoint(model, (x,)), guide)
+    assert sum(drawn) == 2 * 9 * 32 + 100
+    assert base.guide is not None and torch.isfinite(base.guide.sample(10)).all()
+
+
+def test_a_chunk_bounds_what_is_scored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scored, plain = random_ppca(6, 4, 0.5), [], LogJoint.parts
+
+    def counted(target: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
+        scored.append(u.shape[:-1].numel())
+        return plain(target, u)
+
+    monkeypatch.setattr(LogJoint, "parts", counted)
+    annealed(model, (torch.zeros(30, 6),), particles=4, temperatures=3, chunk=96, progress=False)
+    assert max(scored) == 96  # three rows of the 32 particles that tune the path
 
 
 def test_it_agrees_with_the_grid_on_digits(trained: Pair, digits: Any) -> None:

@@ -195,7 +195,7 @@ def annealed(
             return draws | {"log_weight": log_weight.unsqueeze(0)}, {"gradients": gradients}
 
         sites, figures = by_chunks(
-            work, target, max(1, chunk // particles), seed=seed, folder=folder, progress=progress,
+            work, target, _rows(chunk, particles), seed=seed, folder=folder, progress=progress,
             settings={"method": "AIS", "particles": particles, "temperatures": temperatures},
         )  # fmt: skip
     log_weight = sites.pop("log_weight")[0].double()
@@ -275,10 +275,14 @@ def sandwich(
             }  # fmt: skip
 
         _, figures = by_chunks(
-            work, target, max(1, chunk // particles), seed=seed, folder=None, progress=progress,
+            work, target, _rows(chunk, particles), seed=seed, folder=None, progress=progress,
             settings={"method": "BDMC"},
         )  # fmt: skip
     return Sandwich(**figures, latents=latents, batch=simulated)
+
+
+def _rows(chunk: int, particles: int) -> int:
+    return max(1, chunk // max(particles, PILOT))
 
 
 class _Schedule(NamedTuple):

@@ -66,7 +66,8 @@ class Base:
 def _widened(target: LogJoint, guide: Guide) -> Mixture:
     drawn = target.guide_draws(guide, max(100, 4 * target.size))
     lost = ~torch.isfinite(drawn).all(0).all(-1)  # a guide that is broken for a datum
-    drawn[:, lost] = target.prior_draws(len(drawn))[:, lost]
+    if lost.any():
+        drawn[:, lost] = target.rows(lost.nonzero().flatten()).prior_draws(len(drawn))
     even = torch.ones(drawn.shape[:2]).to(drawn)
     mean, covariance = weighted_moments(drawn, even)
     prior_scale = target.prior_draws(32).std(0).amax(-1, keepdim=True)
