@@ -114,14 +114,13 @@ class NormalMixture(dist.MixtureSameFamily):  # type: ignore[misc]  # Any, to my
         return joint.clamp_min(floor).logsumexp(-1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw latents: a component each, then from that one alone, not from all K."""
+        """Draw latents; factorised components from the chosen one alone, not from all K."""
         normal = self._factorised()
         if normal is None:
             return super().sample(torch.Size(sample_shape))
         with torch.no_grad():
             component = self.mixture_distribution.sample(torch.Size(sample_shape))
-            loc, scale = normal.loc[component], normal.scale[component]
-            return loc + scale * torch.randn_like(loc)
+            return torch.normal(normal.loc[component], normal.scale[component])
 
     def responsibilities(self, z: Tensor) -> Tensor:
         """The probability of each component given `z`, `(..., L)` to `(..., K)`."""
@@ -140,10 +139,13 @@ class NormalMixture(dist.MixtureSameFamily):  # type: ignore[misc]  # Any, to my
         return self.component_distribution.log_prob(z.unsqueeze(-2)) + log_weight
 
     def _factorised(self) -> Any:
-        """The normals `(K, L)` of the components, if that is what they are."""
-        normal = getattr(self.component_distribution, "base_dist", None)
-        plain = isinstance(normal, dist.Normal) and normal.loc.dim() == 2
-        return normal if plain else None
+        """The normals `(K, L)` of the components, if one mixture of such is what this is."""
+        parts = self.component_distribution
+        if not isinstance(parts, dist.Independent) or self.mixture_distribution.batch_shape:
+            return None
+        normal = parts.base_dist
+        plain = isinstance(normal, dist.Normal) and parts.reinterpreted_batch_ndims == 1
+        return normal if plain and normal.loc.dim() == 2 else None
 
 
 def _factorised_log_prob(z: Tensor, loc: Tensor, scale: Tensor, log_weight: Tensor) -> Tensor:
