@@ -20,9 +20,7 @@ from truth import assert_drawn_from, assert_z
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
-def test_a_flow_integrates_to_one_and_samples_itself_for_each_datum(
-    double: None, latent_dim: int
-) -> None:
+def test_a_flow_integrates_to_one_and_samples_itself_for_each_datum(latent_dim: int) -> None:
     guide = FlowGuide(pv.networks.MLP(6, 16, FlowGuide.features(latent_dim)), latent_dim)
     with torch.no_grad():
         x = 3 * torch.randn(2, 6)
