@@ -59,26 +59,33 @@ def test_a_pole_at_a_border() -> None:
 def test_the_prior_stands_in_for_a_guide_only_where_that_is_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, drawn, plain = random_ppca(6, 4, 0.5), [], LogJoint.prior_draws
+    drawn, plain = [], LogJoint.prior_draws
 
-    def guide(x: Tensor) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(10 * y, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor, y: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            broken = (x[:, :1] > 100).expand(-1, 4)
-            pyro.sample("z", dist.Normal(torch.where(broken, torch.nan, 0.0), 1.0).to_event(1))
+            pyro.sample("z", dist.Normal(x, 0.1).to_event(1))
 
     def counted(target: LogJoint, draws: int) -> Tensor:
         drawn.append(draws * len(target.batch[0]))
         return plain(target, draws)
 
     monkeypatch.setattr(LogJoint, "prior_draws", counted)
-    x = torch.zeros(9, 6)
+    x, y = torch.zeros(9, 4), torch.arange(9.0).unsqueeze(1).expand(-1, 4)
     with pyro.validation_enabled(False):
-        Base(LogJoint(model, (x,)), guide)
+        Base(LogJoint(model, (x, y)), guide)
         assert sum(drawn) == 9 * 32  # for the prior's scale
-        x[4] = 1000.0
-        base = Base(LogJoint(model, (x,)), guide)
-    assert sum(drawn) == 2 * 9 * 32 + 100
-    assert base.guide is not None and torch.isfinite(base.guide.sample(10)).all()
+        x[4], x[7] = torch.nan, torch.inf
+        base = Base(LogJoint(model, (x, y)), guide)
+    assert sum(drawn) == 2 * 9 * 32 + 2 * 100
+    assert base.guide is not None
+    mean = base.guide.sample(1000).mean(0)
+    expected = torch.where(torch.isfinite(x), x, 10 * y)
+    torch.testing.assert_close(mean, expected, atol=1.0, rtol=0)
 
 
 def test_a_chunk_bounds_what_is_scored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,8 @@ def annealed(
         guide: where half the particles start; any guide will do, a good one saves steps.
         particles: `P`, for each datum.
         temperatures: `T`, steps of the path.
-        chunk: particles times rows worked on at once, which bounds the memory.
+        chunk: particles, at least the 32 that tune a path, times rows that are scored at once;
+            most of the memory.
         folder: where finished chunks are kept; a run that was interrupted goes on from there.
         seed: torch's random state is left as it was.
         progress: show a bar.
@@ -230,7 +231,7 @@ def sandwich(
         guide: where half the particles start.
         particles: `P`, both ways.
         temperatures: `T`, steps of the path.
-        chunk: particles times rows worked on at once.
+        chunk: particles, at least 32, times rows that are scored at once.
         seed: torch's random state is left as it was.
         progress: show a bar.
 

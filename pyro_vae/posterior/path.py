@@ -65,7 +65,7 @@ class Base:
 
 def _widened(target: LogJoint, guide: Guide) -> Mixture:
     drawn = target.guide_draws(guide, max(100, 4 * target.size))
-    lost = ~torch.isfinite(drawn).all(0).all(-1)  # a guide that is broken for a datum
+    lost = ~torch.isfinite(drawn).all(0).all(-1)  # drawn onto a border, or broken
     if lost.any():
         drawn[:, lost] = target.rows(lost.nonzero().flatten()).prior_draws(len(drawn))
     even = torch.ones(drawn.shape[:2]).to(drawn)
